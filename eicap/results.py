@@ -1,0 +1,158 @@
+"""What a run leaves on disk, written so that a kill at any instant costs nothing but the pack in flight.
+
+    results/NAME/run.json        what was run: everything needed to repeat it
+    results/NAME/probes.jsonl    a row a probe, in bench order; only ever replaced whole
+    results/NAME/part-N.jsonl    while a run is going: what process N has finished, appended a dialogue at a time
+    results/NAME/lock            held while a run is going
+
+Imports no torch, so that whoever only reads results starts at once.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from eicap import InputError
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Replace a file whole: written beside it, flushed to disk, renamed over it."""
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".new")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise no_room(path, error) from None
+
+
+def no_room(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{path}: cannot be written ({error.strerror})\n"
+        "What is finished is safe: make room, or check the folder's rights, and run the same command again."
+    )
+
+
+def lock(folder: Path):
+    """The folder's lock, held until the returned file is closed. InputError while another run holds it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "w")
+    except OSError as error:
+        raise no_room(folder, error) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise InputError(f"{folder}: another run is writing here; wait for it, or use --out") from None
+    return file
+
+
+def read_run(folder: Path) -> dict | None:
+    """The contents of run.json, or None where there is none."""
+    path = folder / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); --fresh starts over") from None
+    if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
+        raise InputError(f"{path}: not written by evaluate.py; use --out, or --fresh to start over")
+    return run
+
+
+def check_identity(folder: Path, identity: dict) -> None:
+    """InputError where the folder holds a run of other contents or settings, saying which."""
+    run = read_run(folder)
+    if run is None:
+        if (folder / "probes.jsonl").exists():
+            raise InputError(f"{folder}: has probes.jsonl but no run.json; use --out, or --fresh to start over")
+        return
+    differs = [key for key in identity if run["identity"].get(key) != identity[key]]
+    if differs:
+        raise InputError(
+            f"{folder}: holds a run with another {', '.join(differs)}\nUse --out for another folder, or --fresh to start over."
+        )
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run left (--fresh), and nothing else."""
+    for name in ("run.json", "probes.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    for part in folder.glob("part-*.jsonl"):
+        part.unlink()
+
+
+class Part:
+    """The file to which one process appends the dialogues it has finished."""
+
+    def __init__(self, folder: Path, process: int):
+        self.path = folder / f"part-{process}.jsonl"
+
+    def append(self, rows: Iterable[dict]) -> None:
+        """All rows of one dialogue, in one write."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                data = text.encode("utf-8")
+                if file.write(data) != len(data):  # a full disk takes part of it
+                    raise OSError(28, "No space left on device")
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise no_room(self.path, error) from None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a probes.jsonl. InputError with file and line for one that is garbled."""
+    return [json.loads(line) for line in _read_lines(path, tail_may_be_cut=False).values()]
+
+
+def _read_lines(path: Path, tail_may_be_cut: bool) -> dict[str, str]:
+    """Probe id -> line as written. The last line of a part file may be cut, and is then left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    found = {}
+    tail = lines.pop()  # empty where the file ends in a newline
+    if tail and not tail_may_be_cut:
+        raise InputError(f"{path}, line {len(lines) + 1}: the line is cut; --fresh starts over")
+    for number, line in enumerate(lines, start=1):
+        try:
+            text = line.decode("utf-8")
+            row = json.loads(text)
+            found[row["id"]] = text
+        except (ValueError, KeyError, TypeError):
+            if tail_may_be_cut:  # a cut line, and then another after a restart
+                continue
+            raise InputError(f"{path}, line {number}: not a row of results; --fresh starts over") from None
+    return found
+
+
+def merge(folder: Path, dialogues: Iterable[tuple[str, list[str]]]) -> set[str]:
+    """Gather every finished dialogue into probes.jsonl, in bench order, and drop the part files.
+
+    dialogues: (dialogue id, its probes' ids) of the whole bench, in order. A dialogue counts when all of its
+    probes are there. Returns the ids of the finished dialogues. Safe to be killed in, and to be done again.
+    """
+    path, parts = folder / "probes.jsonl", sorted(folder.glob("part-*.jsonl"))
+    lines = _read_lines(path, tail_may_be_cut=False)
+    for part in parts:
+        lines = _read_lines(part, tail_may_be_cut=True) | lines
+    done = {dialogue: probes for dialogue, probes in dialogues if all(probe in lines for probe in probes)}
+    if parts:
+        _write(path, "".join(lines[probe] + "\n" for probes in done.values() for probe in probes))
+        for part in parts:
+            part.unlink(missing_ok=True)
+    return set(done)

@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""Score a language model on multi-turn probes of emotional intelligence.
+
+    python evaluate.py --ckpt smollm2-135m-instruct              the small real model, fetched on first use
+    python evaluate.py --ckpt qwen2.5-7b                          by name: checkpoints/NAME or the Hugging Face cache
+    python evaluate.py --ckpt path/to/folder --bench my.jsonl     your own model, your own bench
+    python evaluate.py --ckpt NAME --show en-001-2                one probe exactly as the model sees it
+    torchrun --nproc-per-node 4 evaluate.py --ckpt NAME           several GPUs (or CPUs): the same bytes
+
+Every probe is asked once per rotation of its options, because models favour letters. The score of an option is
+the log-probability of its letter. A run is a folder, results/NAME: run.json and probes.jsonl, a row a probe.
+Interrupted at any moment, the same command goes on where it stopped. --lang and --limit only select: a later
+command with others extends the same folder.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from eicap import InputError, bench, checkpoint, prompt, report, results, scorer
+from eicap.tokenizer import Tokenizer
+
+PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ", ".join([*checkpoint.REPOSITORIES, checkpoint.DEMO])
+    parser.add_argument("--ckpt", required=True, metavar="NAME", help=f"a folder in Hugging Face layout, or: {names}")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on top (not available yet)")
+    group = parser.add_argument_group("what is asked")
+    default = Path(__file__).parent / "data" / "bench"
+    group.add_argument("--bench", type=Path, default=default, metavar="PATH", help="a bench file, or a folder of them")
+    group.add_argument("--lang", metavar="LIST", help="only these languages, e.g. en or en,ar")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the first N dialogues of each language")
+    group = parser.add_argument_group("how it is asked")
+    group.add_argument(
+        "--format", choices=["auto", "chat", "plain"], default="auto",
+        help="chat: the checkpoint's own chat template; plain: a transcript; "
+        "auto: chat where the name says instruct or ends in -it",
+    )
+    group.add_argument(
+        "--score", choices=["letter", "text"], default="letter",
+        help="letter: options are listed, their letters are scored; text: each option is scored as the reply",
+    )
+    group.add_argument(
+        "--rotations", choices=["all", "1"], default="all",
+        help="all: every cyclic order of the options; 1: as written (letter scoring only)",
+    )
+    group = parser.add_argument_group("how it is run")
+    group.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="auto: float32 on the CPU, the checkpoint's own on a GPU",
+    )
+    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
+    group.add_argument(
+        "--pack-tokens", type=positive, metavar="N",
+        help="tokens read in one pass; changes speed and memory, never a score "
+        f"(default: {PACK_TOKENS['cpu']} on the CPU, {PACK_TOKENS['cuda']} on a GPU)",
+    )
+    group = parser.add_argument_group("what it leaves")
+    group.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: results/NAME)")
+    group.add_argument("--fresh", action="store_true", help="start over: drop what the folder holds of an earlier run")
+    group.add_argument("--log-prompts", action="store_true", help="keep the full text of every prompt in probes.jsonl")
+    group.add_argument("--show", metavar="PROBE_ID", help="print one probe as the model sees it, and write nothing")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return value
+
+
+def select(dialogues: list[bench.Dialogue], langs: str | None, limit: int | None) -> list[bench.Dialogue]:
+    """The dialogues of these languages, the first `limit` of each, in bench order."""
+    known = sorted({dialogue.lang for dialogue in dialogues})
+    wanted = [lang.strip() for lang in langs.split(",")] if langs else known
+    for lang in wanted:
+        if lang not in known:
+            raise InputError(f"--lang {lang}: no dialogue in this language; the bench has {', '.join(known)}")
+    count = dict.fromkeys(wanted, 0)
+    chosen = []
+    for dialogue in dialogues:
+        if dialogue.lang in count and (limit is None or count[dialogue.lang] < limit):
+            count[dialogue.lang] += 1
+            chosen.append(dialogue)
+    return chosen
+
+
+def choose_format(asked: str, name: str) -> str:
+    """chat where the checkpoint's name says that it was tuned to chat."""
+    if asked != "auto":
+        return asked
+    name = name.lower()
+    return "chat" if "instruct" in name or name.endswith("-it") else "plain"
+
+
+def choose_device(asked: str, rank: int) -> torch.device:
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU here\nUse --device cpu, or install a CUDA build of torch.")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+class Jobs:
+    """Dialogues made ready for the scorer, one after the other."""
+
+    def __init__(self, args, tokenizer: Tokenizer, format: str, context: int):
+        self.args, self.tokenizer, self.format, self.context = args, tokenizer, format, context
+        self.wording = prompt.read_wording()
+
+    def __call__(self, dialogue: bench.Dialogue) -> scorer.Job:
+        made = prompt.prompts(
+            dialogue, self.tokenizer, self.wording, self.format, self.args.score, self.args.rotations
+        )
+        return scorer.prepare(dialogue, made, self.context)
+
+
+def show(probe_id: str, dialogues: list[bench.Dialogue], jobs: Jobs, model) -> None:
+    for dialogue in dialogues:
+        for probe in dialogue.probes:
+            if probe.id == probe_id:
+                job = jobs(dialogue)
+                scores = scorer.score_pack(model, [job])[0]
+                mine = [(p, s) for p, s in zip(job.prompts, scores) if p.probe is probe]
+                pieces = jobs.tokenizer.pieces(mine[0][0].ids)
+                print(report.show_probe(probe, [p for p, _ in mine], [s for _, s in mine], pieces, jobs.args.score))
+                return
+    raise InputError(f"--show {probe_id}: no such probe in {jobs.args.bench}")
+
+
+def score(model, todo: list[bench.Dialogue], jobs: Jobs, part: results.Part, pack_tokens: int, quiet: bool) -> dict:
+    """Score dialogues and append their rows, pack by pack, with a progress bar. Returns counts."""
+    counts = {"probes": 0, "prompts": 0, "tree_tokens": 0, "prompt_tokens": 0}
+    start = time.perf_counter()
+    total = sum(len(dialogue.probes) for dialogue in todo)
+    with tqdm(total=total, unit="probe", disable=quiet or not total, desc="scoring", smoothing=0.1) as bar:
+        for pack in scorer.packs(map(jobs, todo), pack_tokens):
+            for job, scores in zip(pack, scorer.score_pack(model, pack)):
+                part.append(scorer.rows(job, scores, jobs.args.score, jobs.args.log_prompts))
+                counts["probes"] += len(job.dialogue.probes)
+                counts["prompts"] += len(job.prompts)
+                counts["tree_tokens"] += len(job.forest)
+                counts["prompt_tokens"] += job.prompt_tokens
+                bar.update(len(job.dialogue.probes))
+            seconds = time.perf_counter() - start
+            saved = 1 - counts["tree_tokens"] / counts["prompt_tokens"]
+            bar.set_postfix_str(f"{counts['tree_tokens'] / seconds:,.0f} tokens/s, {saved:.0%} of tokens shared")
+    return counts | {"seconds": round(time.perf_counter() - start, 3)}
+
+
+def main() -> None:
+    args = arguments()
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if args.adapter is not None:
+        raise InputError(f"--adapter {args.adapter}: adapters cannot be loaded yet")
+    if args.score == "text":
+        args.rotations = "1"
+    dialogues = bench.read(args.bench)
+    chosen = select(dialogues, args.lang, args.limit)
+    device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        checkpoint.find(args.ckpt)  # the demo model may have to be fetched: once
+    if world > 1:
+        dist.barrier()
+
+    folder = checkpoint.find(args.ckpt)
+    name = Path(args.ckpt).resolve().name if Path(args.ckpt).is_dir() else args.ckpt
+    format = choose_format(args.format, name)
+    config = checkpoint.read_config(folder)
+    tokenizer = Tokenizer(folder)
+    if format == "chat" and tokenizer.template is None:
+        raise InputError(f"{folder}: no chat template in this folder; use --format plain")
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    jobs = Jobs(args, tokenizer, format, config.context)
+    for lang in {dialogue.lang for dialogue in chosen}:  # a tokenizer or template that will not do fails here, early
+        jobs(next(dialogue for dialogue in chosen if dialogue.lang == lang))
+    model, weights = checkpoint.load(folder, dtype, device)
+    if args.show:
+        return show(args.show, dialogues, jobs, model)
+
+    out = args.out or Path("results") / name
+    identity = {
+        "checkpoint": weights,
+        "tokenizer": tokenizer.fingerprint,
+        "adapter": None,
+        "bench": bench.fingerprint(dialogues),
+        "prompts": hashlib.sha256(json.dumps(jobs.wording, sort_keys=True).encode()).hexdigest(),
+        "format": format,
+        "score": args.score,
+        "rotations": args.rotations,
+        "dtype": str(model.output_matrix.dtype).removeprefix("torch."),
+        "device": device.type,
+        "log_prompts": args.log_prompts,
+    }
+    order = [(dialogue.id, [probe.id for probe in dialogue.probes]) for dialogue in dialogues]
+    if rank == 0:
+        lock = results.lock(out)  # noqa: F841  held until the process ends
+        if args.fresh:
+            results.clear(out)
+        results.check_identity(out, identity)
+        done = results.merge(out, order)
+        run = {
+            "command": sys.argv,
+            "name": name,
+            "checkpoint": str(args.ckpt),
+            "bench": str(args.bench),
+            "identity": identity,
+            "wording": jobs.wording,
+            "processes": world,
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "finished": False,
+        }
+        results.write_json(out / "run.json", run)
+        print(f"{name}: {format} format, {identity['dtype']} on {device}, {len(chosen)} dialogues", file=sys.stderr)
+        if done & {dialogue.id for dialogue in chosen}:
+            print(f"{out}: {len(done)} dialogues are already there and kept", file=sys.stderr)
+    if world > 1:
+        shared = [done if rank == 0 else None]
+        dist.broadcast_object_list(shared)
+        done = shared[0]
+
+    todo = [dialogue for dialogue in chosen if dialogue.id not in done][rank::world]
+    pack_tokens = args.pack_tokens or PACK_TOKENS[device.type]
+    counts = score(model, todo, jobs, results.Part(out, rank), pack_tokens, quiet=rank > 0)
+    if world > 1:
+        gathered = [None] * world
+        dist.all_gather_object(gathered, counts)
+        counts = {key: sum(c[key] for c in gathered) for key in counts} | {
+            "seconds": max(c["seconds"] for c in gathered)
+        }
+        dist.barrier()
+    if rank == 0:
+        results.merge(out, order)
+        run |= {"finished": True, "ended": datetime.now(UTC).isoformat(timespec="seconds"), "scored": counts}
+        results.write_json(out / "run.json", run)
+        ids = {probe.id for dialogue in chosen for probe in dialogue.probes}
+        rows = [row for row in results.read_rows(out / "probes.jsonl") if row["id"] in ids]
+        print(report.report(rows, args.score))
+        print(f"\n{out / 'probes.jsonl'}: {len(rows)} probes of this selection")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def stop(signum, frame):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        main()
+    except InputError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nevaluate.py: stopped; what is scored is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
