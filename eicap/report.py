@@ -30,7 +30,9 @@ def _percent(value: float, error: float) -> str:
 
 def _line(name: str, rows: list[dict], rotated: bool) -> str:
     clusters = [row["dialogue"] for row in rows]
-    cells = [f"{name:<16}{len(rows):>6}   {_percent(*clustered_mean([row['correct_plain'] for row in rows], clusters))}"]
+    cells = [
+        f"{name:<16}{len(rows):>6}   {_percent(*clustered_mean([row['correct_plain'] for row in rows], clusters))}"
+    ]
     if rotated:
         cells.append(_percent(*clustered_mean([row["correct"] for row in rows], clusters)))
     chance = sum(1 / len(row["logprobs"][0]) for row in rows) / len(rows)
@@ -70,7 +72,9 @@ def letter_lines(rows: list[dict]) -> str:
             for place, probability in enumerate(probabilities):
                 share[place] += probability / total if total else 1 / len(probabilities)
             chosen[logprobs.index(max(logprobs))] += 1
-    letters = [f"{LETTERS[i]} {100 * share[i] / asked:.1f} % (chosen {100 * chosen[i] / asked:.1f} %)" for i in range(places)]
+    letters = [
+        f"{LETTERS[i]} {100 * share[i] / asked:.1f} % (chosen {100 * chosen[i] / asked:.1f} %)" for i in range(places)
+    ]
     lines = [f"letters' share of probability:  {'   '.join(letters)}"]
     rotated = [row for row in rows if len(row["orders"]) > 1]
     if rotated:
@@ -112,13 +116,13 @@ def report(rows: list[dict], score: str) -> str:
     return "\n\n".join(parts)
 
 
-def show_probe(probe, prompts, scores, pieces: list[str], score: str) -> str:
+def show_probe(probe, prompts, scores, text: str, pieces: list[str], score: str) -> str:
     """One probe as the model sees it, and the probability of each option in each rotation.
 
-    prompts, scores: per rotation, scores[r][place] the log-probabilities of the option's tokens; pieces: the
-    first prompt's tokens as text.
+    prompts, scores: per rotation, scores[r][place] the log-probabilities of the option's tokens; text: the first
+    prompt as the model reads it, special tokens included; pieces: its tokens.
     """
-    lines = ["".join(pieces), "", f"{len(pieces)} tokens; the first and last are {pieces[0]!r} and {pieces[-1]!r}", ""]
+    lines = [text, "", f"{len(pieces)} tokens; the first and last are {pieces[0]!r} and {pieces[-1]!r}", ""]
     for option, text in enumerate(probe.options):
         lines.append(f"{'*' if option == probe.answer else ' '} {option}: {text}")
     lines += ["", "probability of each option, a line a rotation" if score == "letter" else "per option"]

@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 from eicap import InputError
@@ -41,19 +42,19 @@ def no_room(path: Path, error: OSError) -> InputError:
     )
 
 
+@contextmanager
 def lock(folder: Path):
-    """The folder's lock, held until the returned file is closed. InputError while another run holds it."""
+    """Hold the folder while a run writes in it. InputError while another run holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "w")
+        with open(folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{folder}: another run is writing here; wait for it, or use --out") from None
+            yield
     except OSError as error:
         raise no_room(folder, error) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise InputError(f"{folder}: another run is writing here; wait for it, or use --out") from None
-    return file
 
 
 def read_run(folder: Path) -> dict | None:
@@ -80,7 +81,8 @@ def check_identity(folder: Path, identity: dict) -> None:
     differs = [key for key in identity if run["identity"].get(key) != identity[key]]
     if differs:
         raise InputError(
-            f"{folder}: holds a run with another {', '.join(differs)}\nUse --out for another folder, or --fresh to start over."
+            f"{folder}: holds a run with another {', '.join(differs)}\n"
+            "Use --out for another folder, or --fresh to start over."
         )
 
 

@@ -51,7 +51,9 @@ def prepare(dialogue: Dialogue, prompts: list[Prompt], context: int) -> Job:
     forest, paths = prefix_tree(sequences)
     at = [index for path, option in zip(paths, options) for index in path[len(path) - len(option) :]]
     target = [token for option in options for token in option]
-    return Job(dialogue, prompts, forest, torch.tensor(at), torch.tensor(target), sum(map(len, set(map(tuple, sequences)))))
+    return Job(
+        dialogue, prompts, forest, torch.tensor(at), torch.tensor(target), sum(map(len, set(map(tuple, sequences))))
+    )
 
 
 def packs(jobs: Iterable[Job], tokens: int) -> Iterator[list[Job]]:
@@ -155,7 +157,7 @@ def rows(job: Job, scores: list[list[list[float]]], score: str, log_prompts: boo
             "correct": pred == probe.answer,
         }
         if score == "text":
-            (prompt, places), = mine
+            ((prompt, places),) = mine
             row["sums"] = [sum(tokens) for tokens in places]
             row["tokens"] = [len(tokens) for tokens in places]
             row["bytes"] = [len(option.encode()) for option in probe.options]

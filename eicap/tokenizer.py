@@ -58,6 +58,10 @@ class Tokenizer:
         """Each id as readable text, special tokens included."""
         return self.backend.pieces(ids)
 
+    def text(self, ids: list[int]) -> str:
+        """What the ids say, special tokens included."""
+        return self.backend.text(ids)
+
     def chat(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Messages ({"role", "content"}) as the chat template writes them.
 
@@ -94,6 +98,9 @@ class _JsonBackend:
     def pieces(self, ids):
         return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
+    def text(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
 
 class _SentencePieceBackend:
     """SentencePiece knows no special tokens in text: the text is cut at them first, as transformers does."""
@@ -123,6 +130,9 @@ class _SentencePieceBackend:
 
     def pieces(self, ids):
         return [self.names.get(i) or self.model.id_to_piece(i).replace("▁", " ") for i in ids]
+
+    def text(self, ids):
+        return "".join(self.pieces(ids))
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
@@ -159,7 +169,10 @@ def _compile(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
+    environment.globals |= {
+        "raise_exception": _refuse,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+    }
     return environment.from_string(template)
 
 
