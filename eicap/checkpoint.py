@@ -12,6 +12,7 @@ Format: https://github.com/huggingface/safetensors#format
 
 import hashlib
 import json
+import operator
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -64,7 +65,8 @@ def find(name: str) -> Path:
 def _cached(repository: str) -> Path | None:
     """The repository's main snapshot in the local Hugging Face cache, or None."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    root = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub") / f"models--{repository.replace('/', '--')}"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    root = hub / f"models--{repository.replace('/', '--')}"
     main = root / "refs" / "main"
     snapshots = [root / "snapshots" / main.read_text().strip()] if main.is_file() else []
     snapshots += sorted(root.glob("snapshots/*"), key=lambda p: p.stat().st_mtime, reverse=True)
@@ -77,7 +79,9 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a checkpoint folder needs it") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: a JSON object is expected")
@@ -93,7 +97,7 @@ def read_config(folder: Path) -> Config:
         raise InputError(f"{path}: {error}") from None
     except KeyError as error:
         raise InputError(f"{path}: {error.args[0]} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise InputError(f"{path}: cannot be understood ({error})") from None
 
 
@@ -123,13 +127,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         entries = {}
         for name, tensor in header.items():
-            start, stop = tensor["data_offsets"]
-            entries[name] = Entry(path, tensor["dtype"], tuple(tensor["shape"]), 8 + length + start, stop - start)
+            start, stop = map(operator.index, tensor["data_offsets"])
+            shape = tuple(map(operator.index, tensor["shape"]))
+            entries[name] = Entry(path, str(tensor["dtype"]), shape, 8 + length + start, stop - start)
             if not 0 <= start <= stop or 8 + length + stop > total:
                 raise InputError(f"{broken} (tensor {name} ends past its {total} bytes)")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{broken} (its header is garbled)") from None
     return entries
 
@@ -139,8 +144,8 @@ def read_headers(folder: Path) -> dict[str, Entry]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: no weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: no weight_map from tensors to files")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.is_file():
@@ -163,8 +168,12 @@ def read_tensor(file, entry: Entry, name: str, digest=None) -> torch.Tensor:
     tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
     raw = memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
     file.seek(entry.offset)
-    if file.readinto(raw) != entry.size:
-        raise InputError(f"{entry.file}: tensor {name} is cut short; fetch the file again")
+    done = 0
+    while done < entry.size:  # the system gives at most 2 GiB a read, and a float32 Gemma 2 embedding has 3.7 GB
+        count = file.readinto(raw[done:])
+        if not count:
+            raise InputError(f"{entry.file}: tensor {name} is cut short; fetch the file again")
+        done += count
     if digest is not None:
         digest.update(raw)
     return tensor
@@ -203,8 +212,11 @@ def load(folder: Path, dtype: torch.dtype | None = None, device: str | torch.dev
     config, device = read_config(folder), torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else config.dtype
-    with torch.device("meta"):
-        model = LanguageModel(config)
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
+        raise InputError(f"{folder / 'config.json'}: no model can be built from it ({error})") from None
     entries = read_headers(folder)
     unused = [name for name in entries if name.endswith("rotary_emb.inv_freq")]
     unused += ["lm_head.weight"] if config.tied else []

@@ -216,9 +216,9 @@ def flex_block_mask(forest: Forest, window: int | None = None):
     from torch.nn.attention.flex_attention import BlockMask
 
     def ordered(blocks):  # per row: how many, and their indices first
-        return blocks.sum(-1, dtype=torch.int32)[None, None], blocks.int().argsort(-1, True, stable=True).int()[
-            None, None
-        ]
+        count = blocks.sum(-1, dtype=torch.int32)
+        first = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+        return count[None, None], first[None, None]
 
     some, full = block_map(forest, window)
     return BlockMask.from_kv_blocks(*ordered(some), *ordered(full), BLOCK_SIZE=128, mask_mod=_mask_mod(forest, window))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+ROWS_PER_THREAD = 16  # products of fewer rows round differently, so every block has a multiple of it for each thread
 MLP_ROWS = 1024  # tokens that go through an MLP at a time on the CPU: what it holds then stays in cache
 HEAD_WORDS = 16384  # rows of a half-precision output matrix that are widened at the same time
 
@@ -218,12 +219,16 @@ class MLP(nn.Module):
 
 
 def in_blocks(function, x: torch.Tensor) -> torch.Tensor:
-    """function(x), for a function of each row alone, in even blocks of at most MLP_ROWS rows on the CPU."""
+    """function(x), for a function of each row alone, over blocks of about MLP_ROWS rows on the CPU.
+
+    Where x has a multiple of ROWS_PER_THREAD rows for each thread, so has every block.
+    """
     if x.is_cuda or torch.is_grad_enabled():
         return function(x)
-    blocks = -(-len(x) // MLP_ROWS)
+    whole = ROWS_PER_THREAD * torch.get_num_threads()
+    size = max(MLP_ROWS // whole, 1) * whole
     out = torch.empty_like(x)
-    for rows, result in zip(x.tensor_split(blocks), out.tensor_split(blocks)):
+    for rows, result in zip(x.split(size), out.split(size)):
         result.copy_(function(rows))
     return out
 
@@ -305,4 +310,7 @@ class LanguageModel(nn.Module):
         else:
             logits = torch.cat([F.linear(hidden.float(), w.float()) for w in weight.split(HEAD_WORDS)], dim=-1)
         cap = self.config.final_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        if cap is None:
+            return logits
+        wide = logits if logits.is_cuda else logits.double()  # as for cosine and sine above
+        return (cap * torch.tanh(wide / cap)).float()

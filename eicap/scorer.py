@@ -5,6 +5,7 @@ pass. A dialogue is never split, and what it gives does not depend on what else 
 only at the positions where an option is read, and there for a few rows at a time, always in float32.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -13,12 +14,21 @@ import torch
 from eicap import InputError
 from eicap.bench import Dialogue
 from eicap.forest import Forest, attention, pack, prefix_tree
-from eicap.model import LanguageModel
+from eicap.model import ROWS_PER_THREAD, LanguageModel
 from eicap.prompt import Prompt
 
 HEAD_ROWS = 64  # positions whose logits exist at the same time; the vocabulary product always has so many rows
 CPU_LEAST = 256  # tokens a pack has at the least: products of very few rows round differently
 CUDA_BUCKET = 2048  # on CUDA packs come in few sizes, so that attention is compiled few times
+
+
+def whole_rows(device: torch.device) -> int:
+    """Packs are filled up to a multiple of so many tokens.
+
+    On the CPU each thread then works on whole rows: where a thread's share ends inside a row, the odd elements
+    go through another version of exp, which rounds differently.
+    """
+    return CUDA_BUCKET if device.type == "cuda" else ROWS_PER_THREAD * torch.get_num_threads()
 
 
 @dataclass(frozen=True)
@@ -72,11 +82,12 @@ def packs(jobs: Iterable[Job], tokens: int) -> Iterator[list[Job]]:
 def read_logprobs(model: LanguageModel, forest: Forest, at: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """log p(target[i] | token at[i] and its ancestors), log-softmax over the whole vocabulary: (M,) float32, CPU.
 
-    forest, at, target: on the model's device. The rows of the vocabulary product are filled up to whole
-    blocks of HEAD_ROWS by repeating the last, since a product's row can depend on the number of its rows.
+    forest, at, target: on the model's device. The rows that are read are filled up to whole blocks by
+    repeating the last, since a product's row can depend on the number of its rows.
     """
     rows, row_of = at.unique(return_inverse=True)
-    rows = torch.cat([rows, rows[-1:].expand(-len(rows) % HEAD_ROWS)])
+    fill = -len(rows) % math.lcm(HEAD_ROWS, 1 if rows.is_cuda else whole_rows(rows.device))
+    rows = torch.cat([rows, rows[-1:].expand(fill)])
     hidden = model(forest.tokens, forest.positions, attention(forest, model.output_matrix.dtype), rows)
     found = torch.empty(len(target), device=hidden.device)
     for first, block in zip(range(0, len(rows), HEAD_ROWS), hidden.split(HEAD_ROWS)):
@@ -96,7 +107,7 @@ def score_pack(model: LanguageModel, jobs: list[Job]) -> list[list[list[list[flo
     device = model.output_matrix.device
     on_cuda = device.type == "cuda"
     try:
-        forest, starts = pack([job.forest for job in jobs], 0 if on_cuda else CPU_LEAST, CUDA_BUCKET if on_cuda else 1)
+        forest, starts = pack([job.forest for job in jobs], CPU_LEAST, whole_rows(device))
         at = torch.cat([job.at + start for job, start in zip(jobs, starts)])
         target = torch.cat([job.target for job in jobs])
         found = read_logprobs(model, forest.to(device), at.to(device), target.to(device))

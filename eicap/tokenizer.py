@@ -6,6 +6,7 @@ that transformers gives it (https://huggingface.co/docs/transformers/chat_templa
 """
 
 import hashlib
+import itertools
 import json
 import re
 from datetime import datetime
@@ -79,8 +80,8 @@ class Tokenizer:
             )
         except jinja2.exceptions.SecurityError as error:
             raise InputError(f"{self.folder}: the chat template was refused: {error}") from None
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise InputError(f"{self.folder}: the chat template failed: {error}") from None
+        except Exception as error:  # a template is a program, and can fail in any way
+            raise InputError(f"{self.folder}: the chat template failed: {str(error) or type(error).__name__}") from None
 
 
 class _JsonBackend:
@@ -112,11 +113,14 @@ class _SentencePieceBackend:
             raise InputError(f"{path}: cannot be read as a SentencePiece model ({error})") from None
         ids = range(self.model.get_piece_size())
         self.special = {self.model.id_to_piece(i): i for i in ids if self.model.is_control(i)}
-        for index, token in config.get("added_tokens_decoder", {}).items():
-            self.special[token["content"]] = int(index)
+        try:
+            added = {token["content"]: int(index) for index, token in config.get("added_tokens_decoder", {}).items()}
+        except (TypeError, ValueError, KeyError, AttributeError):
+            raise InputError(f"{path.parent / 'tokenizer_config.json'}: added_tokens_decoder is garbled") from None
+        self.special |= added
         self.names = {index: token for token, index in self.special.items()}
         longest_first = sorted(self.special, key=len, reverse=True)
-        self.cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         self.bos = [self.model.bos_id()] if config.get("add_bos_token", True) and self.model.bos_id() >= 0 else []
 
     def encode(self, texts, special):
@@ -132,7 +136,10 @@ class _SentencePieceBackend:
         return [self.names.get(i) or self.model.id_to_piece(i).replace("▁", " ") for i in ids]
 
     def text(self, ids):
-        return "".join(self.pieces(ids))
+        runs = itertools.groupby(ids, key=self.names.__contains__)  # decode drops the special ones
+        return "".join(
+            "".join(map(self.names.get, run)) if named else self.model.decode(list(run)) for named, run in runs
+        )
 
 
 def _special_tokens(config: dict) -> dict[str, str]:
@@ -146,10 +153,17 @@ def _chat_template(folder: Path, config: dict) -> str | None:
     """The template in chat_template.jinja, else in tokenizer_config.json (of several, the default one)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except ValueError as error:
+            raise InputError(f"{path}: not UTF-8 ({error})") from None
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = {t["name"]: t["template"] for t in template}.get("default")
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
+    if not isinstance(template, str | None):
+        raise InputError(f"{folder / 'tokenizer_config.json'}: chat_template is not a text")
     return template
 
 
