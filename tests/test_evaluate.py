@@ -19,15 +19,17 @@ import evaluate
 
 @pytest.fixture(scope="module")
 def bench_file(tmp_path_factory) -> Path:
-    """Six short dialogues in English and two in Arabic, from the bench, each with its first three turns."""
+    """Six dialogues in English and two in Arabic, cut short from the bench: three turns, three probes."""
     folder = tmp_path_factory.mktemp("bench")
     for lang, count in (("en", 6), ("ar", 2)):
         lines = []
         for line in (BENCH / f"{lang}.jsonl").read_text(encoding="utf-8").splitlines()[:count]:
             dialogue = json.loads(line)
-            dialogue["turns"] = dialogue["turns"][:3]
+            dialogue["turns"] = [turn | {"content": turn["content"][:90]} for turn in dialogue["turns"][:3]]
+            dialogue["probes"] = dialogue["probes"][:3]
             for probe in dialogue["probes"]:
                 probe["after"], probe["depends_on"] = min(probe["after"], 3), [0]
+                probe["options"] = [f"{option[:20]} ({i})" for i, option in enumerate(probe["options"])]
             lines.append(json.dumps(dialogue, ensure_ascii=False))
         (folder / f"{lang}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
@@ -67,7 +69,7 @@ def test_a_run_leaves_a_row_a_probe_in_bench_order_and_a_table(tiny, bench_file,
     assert len(row["orders"]) == len(row["logprobs"]) == len(row["prompts"]) == 4
     assert row["correct"] == (row["pred"] == row["answer"])
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["finished"] and run["identity"]["format"] == "chat" and run["scored"]["probes"] == 30
+    assert run["finished"] and run["identity"]["format"] == "chat" and run["scored"]["probes"] == 18
 
 
 def test_text_scoring_keeps_sums_tokens_and_bytes(tiny, bench_file, tmp_path):

@@ -97,6 +97,16 @@ def test_shortcut_of_one_layer_is_found_there():
     assert ("shortest", "layer social") not in found
 
 
+def test_layer_may_be_guessed_more_often_than_the_whole_bench():
+    """In 30 of 70 probes (43 %): too often for a whole bench, by chance not rare enough in one of many groups."""
+    dialogues = change(made_up(), answer_is_best("shortest"), rate=0.25, layer="value")
+    items = [(dialogue, probe) for dialogue in dialogues for probe in dialogue.probes if probe.layer == "value"]
+    scores = [shortcuts.surface(dialogue, probe)["shortest"] for dialogue, probe in items]
+    assert shortcuts.share(scores, [probe.answer for _, probe in items]) == (pytest.approx(3 / 7), 70)
+    assert shortcuts.allowed(shortcuts.LIMITS["shortest"], 70) < 3 / 7
+    assert shortcuts.found(dialogues) == {}
+
+
 def test_words_of_a_dialogue_are_no_shortcut_across_dialogues():
     """A name in the right options of one dialogue only: the classifiers must not meet it in training."""
 
