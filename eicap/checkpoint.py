@@ -51,7 +51,10 @@ def find(name: str) -> Path:
     if local.is_dir():
         return local
     if name == DEMO:
-        return gguf.fetch(local)
+        try:
+            return gguf.fetch(local)
+        except OSError as error:
+            raise InputError(f"{local}: cannot be written ({error.strerror}); make room and try again") from None
     repository = REPOSITORIES[name]
     cached = _cached(repository)
     if cached is None:

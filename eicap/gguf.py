@@ -146,6 +146,7 @@ def convert(source: Path, folder: Path) -> None:
             parts = [{"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}[parts[0]]]
         weights[".".join([*parts, "weight"])] = torch.from_numpy(weight)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # the library leaves it readable by its owner alone
     _write_json(folder / "config.json", _config(metadata, tied="lm_head.weight" not in weights))
     _write_tokenizer(metadata, folder)
 
