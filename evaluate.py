@@ -268,8 +268,9 @@ def run_in(out: Path, args, name: str, identity: dict, dialogues, chosen, jobs: 
         dist.all_gather_object(every, counts)  # also the barrier: every part file is complete
         counts = {key: sum(c[key] for c in every) for key in counts} | {"seconds": max(c["seconds"] for c in every)}
     if rank == 0:
-        results.merge(out, order)
+        done = results.merge(out, order)
         run |= {"finished": True, "ended": datetime.now(UTC).isoformat(timespec="seconds"), "scored": counts}
+        run["dialogues"] = {"finished": len(done), "bench": len(dialogues)}
         results.write_json(out / "run.json", run)
         wanted = {probe.id for dialogue in chosen for probe in dialogue.probes}
         rows = [row for row in results.read_rows(out / "probes.jsonl") if row["id"] in wanted]
@@ -288,6 +289,11 @@ def main(argv: list[str] | None = None) -> int:
         evaluate(args)
     except InputError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(
+            f"evaluate.py: {args.ckpt}: does not fit on the GPU; try --dtype bfloat16 or --device cpu", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(

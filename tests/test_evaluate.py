@@ -70,6 +70,7 @@ def test_a_run_leaves_a_row_a_probe_in_bench_order_and_a_table(tiny, bench_file,
     assert row["correct"] == (row["pred"] == row["answer"])
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["finished"] and run["identity"]["format"] == "chat" and run["scored"]["probes"] == 18
+    assert run["dialogues"] == {"finished": 6, "bench": 8}
 
 
 def test_text_scoring_keeps_sums_tokens_and_bytes(tiny, bench_file, tmp_path):
