@@ -157,7 +157,9 @@ print(peak() - before, sum(w.nbytes for w in model.parameters()))
 """
 
 
-@pytest.mark.parametrize("layers, dtype", [(11, "bfloat16"), pytest.param(76, "bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layers, dtype", [(11, "bfloat16"), (11, "float32"), pytest.param(76, "bfloat16", marks=pytest.mark.slow)]
+)
 def test_loading_takes_no_more_memory_than_the_weights(tmp_path, layers, dtype):
     shape = {"num_hidden_layers": layers, "hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 8192}
     config = transformers.LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=8, dtype="bfloat16")
