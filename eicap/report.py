@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from eicap.bench import LETTERS
+from eicap.results import option_means
 
 
 def clustered_mean(values: list[float], clusters: list[str]) -> tuple[float, float]:
@@ -95,14 +96,7 @@ def count_ties(rows: list[dict]) -> int:
         best, second = sorted(scores, reverse=True)[:2]
         return best == second
 
-    ties = 0
-    for row in rows:
-        means = [0.0] * len(row["logprobs"][0])
-        for order, logprobs in zip(row["orders"], row["logprobs"]):
-            for option, value in zip(order, logprobs):
-                means[option] += value
-        ties += tied(means) or tied(row["logprobs"][0])
-    return ties
+    return sum(tied(option_means(row["orders"], row["logprobs"])) or tied(row["logprobs"][0]) for row in rows)
 
 
 def report(rows: list[dict], score: str) -> str:

@@ -47,14 +47,15 @@ def lock(folder: Path):
     """Hold the folder while a run writes in it. InputError while another run holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{folder}: another run is writing here; wait for it, or use --out") from None
-            yield
+        file = open(folder / "lock", "w")  # noqa: SIM115  closed below, whatever the run does
     except OSError as error:
         raise no_room(folder, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{folder}: another run is writing here; wait for it, or use --out") from None
+        yield
 
 
 def read_run(folder: Path) -> dict | None:
@@ -158,3 +159,12 @@ def merge(folder: Path, dialogues: Iterable[tuple[str, list[str]]]) -> set[str]:
         for part in parts:
             part.unlink(missing_ok=True)
     return set(done)
+
+
+def option_means(orders: list[list[int]], logprobs: list[list[float]]) -> list[float]:
+    """Mean log-probability of each option over the rotations; orders[r][j] is the option at place j."""
+    sums = [0.0] * len(orders[0])
+    for order, values in zip(orders, logprobs):
+        for option, value in zip(order, values):
+            sums[option] += value
+    return [total / len(orders) for total in sums]

@@ -16,6 +16,7 @@ from eicap.bench import Dialogue
 from eicap.forest import Forest, attention, pack, prefix_tree
 from eicap.model import ROWS_PER_THREAD, LanguageModel
 from eicap.prompt import Prompt
+from eicap.results import option_means
 
 HEAD_ROWS = 64  # positions whose logits exist at the same time; the vocabulary product always has so many rows
 CPU_LEAST = 256  # tokens a pack has at the least: products of very few rows round differently
@@ -176,12 +177,3 @@ def rows(job: Job, scores: list[list[list[float]]], score: str, log_prompts: boo
             row["prompts"] = [prompt.text for prompt, _ in mine]
         found.append(row)
     return found
-
-
-def option_means(orders: list[list[int]], logprobs: list[list[float]]) -> list[float]:
-    """Mean log-probability of each option over the rotations; orders[r][j] is the option at place j."""
-    sums = [0.0] * len(orders[0])
-    for order, values in zip(orders, logprobs):
-        for option, value in zip(order, values):
-            sums[option] += value
-    return [total / len(orders) for total in sums]

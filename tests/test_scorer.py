@@ -7,7 +7,7 @@ import torch
 from conftest import BENCH
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eicap import InputError, bench, checkpoint, prompt, scorer
+from eicap import InputError, bench, checkpoint, prompt, results, scorer
 from eicap.tokenizer import Tokenizer
 
 
@@ -125,7 +125,7 @@ def test_rows_undo_the_rotation_and_give_ties_to_the_first(checkpoints):
     (row,) = scorer.rows(job, scores, "letter", log_prompts=False)
     assert row["orders"] == [[0, 1, 2, 3], [1, 2, 3, 0], [2, 3, 0, 1], [3, 0, 1, 2]]
     assert row["pred"] == row["pred_plain"] == 2
-    assert scorer.option_means(row["orders"], row["logprobs"]) == [-2.875, -2.875, -0.875, -2.875]
+    assert results.option_means(row["orders"], row["logprobs"]) == [-2.875, -2.875, -0.875, -2.875]
     tied = [[[-1.0]] * 4] * 4
     assert scorer.rows(job, tied, "letter", log_prompts=False)[0]["pred"] == 0
 
