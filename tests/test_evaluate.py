@@ -15,6 +15,7 @@ from conftest import BENCH, ROOT
 from safetensors.torch import load_file, save_file
 
 import evaluate
+from eicap import results
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,13 @@ def test_another_identity_is_never_mixed_in(tiny, bench_file, tmp_path, capsys):
     assert rows(out) == before
     assert evaluate.main(command(tiny, bench_file, out, "--limit", 1, "--format", "plain", "--fresh")) == 0
     assert rows(out) != before
+
+
+def test_two_runs_never_write_in_one_folder(tiny, bench_file, tmp_path, capsys):
+    with results.lock(tmp_path / "run"):
+        assert evaluate.main(command(tiny, bench_file, tmp_path / "run")) == 2
+    assert "another run is writing here" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "probes.jsonl").exists()
 
 
 def start(arguments: list[str], **environment) -> subprocess.Popen:
