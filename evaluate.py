@@ -4,11 +4,12 @@
     python evaluate.py --ckpt smollm2-135m-instruct              the small real model, fetched on first use
     python evaluate.py --ckpt qwen2.5-7b                          by name: checkpoints/NAME or the Hugging Face cache
     python evaluate.py --ckpt path/to/folder --bench my.jsonl     your own model, your own bench
+    python evaluate.py --ckpt NAME --adapter runs/NAME-uc-ar       with a LoRA adapter: train_lora.py's, or PEFT's
     python evaluate.py --ckpt NAME --show en-001-2                one probe exactly as the model sees it
     torchrun --nproc-per-node 4 evaluate.py --ckpt NAME           several GPUs (or CPUs): the same bytes
 
 Every probe is asked once per rotation of its options, because models favour letters. The score of an option is
-the log-probability of its letter. A run is a folder, results/NAME: run.json and probes.jsonl, a row a probe.
+the log-probability of its letter. A run is a folder, results/NAME[+ADAPTER]: run.json and probes.jsonl, a row a probe.
 Interrupted at any moment, the same command goes on where it stopped. --lang and --limit only select: a later
 command with others extends the same folder.
 """
@@ -29,7 +30,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from eicap import InputError, bench, checkpoint, prompt, report, results, scorer
+from eicap import InputError, bench, checkpoint, lora, prompt, report, results, scorer
 from eicap.tokenizer import Tokenizer
 
 PACK_TOKENS = {"cpu": 4096, "cuda": 16384}
@@ -39,7 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join([*checkpoint.REPOSITORIES, checkpoint.DEMO])
     parser.add_argument("--ckpt", required=True, metavar="NAME", help=f"a folder in Hugging Face layout, or: {names}")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on top (not available yet)")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on top: a run of train_lora.py, or PEFT's")
     group = parser.add_argument_group("what is asked")
     default = Path(__file__).parent / "data" / "bench"
     group.add_argument("--bench", type=Path, default=default, metavar="PATH", help="a bench file, or a folder of them")
@@ -83,7 +84,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         f"(default: {PACK_TOKENS['cpu']} on the CPU, {PACK_TOKENS['cuda']} on a GPU)",
     )
     group = parser.add_argument_group("what it leaves")
-    group.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: results/NAME)")
+    group.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: results/NAME[+ADAPTER])")
     group.add_argument("--fresh", action="store_true", help="start over: drop what the folder holds of an earlier run")
     group.add_argument("--log-prompts", action="store_true", help="keep the full text of every prompt in probes.jsonl")
     group.add_argument("--show", metavar="PROBE_ID", help="print one probe as the model sees it, and write nothing")
@@ -119,6 +120,15 @@ def choose_format(asked: str, name: str) -> str:
         return asked
     name = name.lower()
     return "chat" if "instruct" in name or name.endswith("-it") else "plain"
+
+
+def check_adapter(folder: Path, name: str, weights: str) -> None:
+    """InputError where run.json says that the adapter is not finished, or for other weights. PEFT's folders have none."""
+    run = results.read_run(folder)
+    if run and run["identity"].get("checkpoint") != weights:
+        raise InputError(f"{folder}: was trained on other weights, {run.get('checkpoint')}, and does not fit {name}")
+    if run and not run.get("finished"):
+        raise InputError(f"{folder}: its training is not finished; the same train_lora.py command completes it")
 
 
 def choose_device(asked: str, rank: int) -> torch.device:
@@ -181,8 +191,6 @@ def score(model, todo: list[bench.Dialogue], jobs: Jobs, part: results.Part, pac
 
 def evaluate(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.adapter is not None:
-        raise InputError(f"--adapter {args.adapter}: adapters cannot be loaded yet")
     if args.score == "text":
         args.rotations = "1"  # no letters, no places
     dialogues = bench.read(args.bench)
@@ -197,18 +205,25 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = checkpoint.find(args.ckpt)
     name = folder.resolve().name if Path(args.ckpt).is_dir() else args.ckpt
     config, tokenizer = checkpoint.read_config(folder), Tokenizer(folder)
-    jobs = Jobs(args, tokenizer, choose_format(args.format, name), config.context)
+    trained = results.read_run(args.adapter) if args.adapter else None
+    asked = trained["identity"].get("format", "auto") if trained and args.format == "auto" else args.format
+    jobs = Jobs(args, tokenizer, choose_format(asked, name), config.context)
     for lang in {dialogue.lang for dialogue in chosen}:  # a tokenizer or template that will not do fails here, early
         jobs(next(dialogue for dialogue in chosen if dialogue.lang == lang))
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
     model, weights = checkpoint.load(folder, dtype, device)
+    adapter = None
+    if args.adapter:
+        check_adapter(args.adapter, name, weights)
+        adapter = lora.load(model, args.adapter)
+        name += f"+{args.adapter.resolve().name}"
     if args.show:
         return show(args.show, dialogues, jobs, model)
 
     identity = {
         "checkpoint": weights,
         "tokenizer": tokenizer.fingerprint,
-        "adapter": None,
+        "adapter": adapter,
         "bench": bench.fingerprint(dialogues),
         "prompts": hashlib.sha256(json.dumps(jobs.wording, sort_keys=True).encode()).hexdigest(),
         "format": jobs.format,
@@ -232,13 +247,14 @@ def run_in(out: Path, args, name: str, identity: dict, dialogues, chosen, jobs: 
     done = None
     if rank == 0:
         if args.fresh:
-            results.clear(out)
+            results.clear(out, ["probes.jsonl", "part-*.jsonl"])
         results.check_identity(out, identity)
         done = results.merge(out, order)
         run = {
             "command": sys.argv,
             "name": name,
             "checkpoint": args.ckpt,
+            "adapter": args.adapter and str(args.adapter),
             "bench": str(args.bench),
             "identity": identity,
             "wording": jobs.wording,

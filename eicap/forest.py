@@ -17,7 +17,7 @@ the same to the last bit whatever else is in the batch. On CUDA the rule is a `m
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 
 import torch
@@ -116,16 +116,12 @@ def attention(forest: Forest, dtype: torch.dtype):
 # On the CPU
 
 
-def query_blocks(forest: Forest) -> list[tuple[int, int, int]]:
-    """(tree's start, block's start, block's end): every tree cut into blocks of queries from its own start."""
-    blocks = []
-    roots = (forest.positions == 0).nonzero().flatten().tolist()
-    for root, end in zip(roots, roots[1:] + [len(forest)]):
-        cuts = list(range(root, end, QUERY_BLOCK))
-        if len(cuts) > 1 and end - cuts[-1] < FEW_ROWS:
-            cuts.pop()  # a short last block joins the one before
-        blocks += [(root, start, stop) for start, stop in zip(cuts, cuts[1:] + [end])]
-    return blocks
+def query_blocks(length: int) -> list[int]:
+    """The sizes of the blocks into which a tree of so many tokens is cut, from its own start."""
+    cuts = list(range(0, length, QUERY_BLOCK))
+    if len(cuts) > 1 and length - cuts[-1] < FEW_ROWS:
+        cuts.pop()  # a short last block joins the one before
+    return [stop - start for start, stop in zip(cuts, cuts[1:] + [length])]
 
 
 class BlockAttention:
@@ -133,40 +129,54 @@ class BlockAttention:
 
     def __init__(self, forest: Forest, dtype: torch.dtype):
         self.forest, self.dtype = forest, dtype
-        self.blocks = query_blocks(forest)
+        roots = (forest.positions == 0).nonzero().flatten().tolist()
+        self.trees = list(zip(roots, roots[1:] + [len(forest)]))
         self.plan = cache(self._plan)  # one a window: layers of one kind share it
 
-    def _plan(self, window: int | None):
-        """For each block: its slice of queries, the keys it sees, and an additive mask (queries, keys)."""
+    def _plan(self, window: int | None) -> list[list[tuple]]:
+        """For each tree its blocks: how many queries, the keys they see, an additive mask (queries, keys).
+
+        Keys count from the tree's start. A chain that no window cuts is one block without a mask: causal.
+        """
         plan = []
-        for root, start, stop in self.blocks:
-            keys = torch.arange(root, stop)
-            keys = keys[self.forest.ends[root:stop] > start]  # seen by the block's first query, or within the block
-            visible = sees(self.forest, torch.arange(start, stop), keys, window)
-            if window is not None:
-                some = visible.any(0)
-                keys, visible = keys[some], visible[:, some]
-            plan.append((slice(start, stop), keys, torch.where(visible, 0.0, -torch.inf).to(self.dtype)))
+        for root, end in self.trees:
+            if (window is None or end - root <= window) and bool((self.forest.ends[root:end] == end).all()):
+                plan.append([(end - root, slice(None), None)])
+                continue
+            blocks, start = [], root
+            for size in query_blocks(end - root):
+                stop = start + size
+                keys = torch.arange(root, stop)
+                keys = keys[self.forest.ends[root:stop] > start]  # seen by the block's first query, or in the block
+                visible = sees(self.forest, torch.arange(start, stop), keys, window)
+                if window is not None:
+                    some = visible.any(0)
+                    keys, visible = keys[some], visible[:, some]
+                blocks.append((size, keys - root, torch.where(visible, 0.0, -torch.inf).to(self.dtype)))
+                start = stop
+            plan.append(blocks)
         return plan
 
     def __call__(self, q, k, v, window, softcap, scale):
-        out = torch.empty_like(q)
-        for queries, keys, mask in self.plan(window):
-            block = (q[queries], k[keys], v[keys])
-            block = [x.transpose(0, 1).unsqueeze(0) for x in block]  # (1, heads, queries or keys, head_dim)
-            attend = F.scaled_dot_product_attention if softcap is None else _softcapped
-            extra = {} if softcap is None else {"softcap": softcap}
-            seen = attend(*block, attn_mask=mask, scale=scale, enable_gqa=True, **extra)
-            out[queries] = seen.squeeze(0).transpose(0, 1)
-        return out
+        lengths = [end - root for root, end in self.trees]
+        attend = F.scaled_dot_product_attention if softcap is None else partial(_softcapped, softcap=softcap)
+        seen = []
+        for *tree, blocks in zip(q.split(lengths), k.split(lengths), v.split(lengths), self.plan(window)):
+            for queries, (_, keys, mask) in zip(tree[0].split([size for size, *_ in blocks]), blocks):
+                block = [x.transpose(0, 1).unsqueeze(0) for x in (queries, tree[1][keys], tree[2][keys])]
+                out = attend(*block, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+                seen.append(out.squeeze(0).transpose(0, 1))  # (1, heads, queries, head_dim) and back
+        return torch.cat(seen)
 
 
-def _softcapped(q, k, v, attn_mask, scale, enable_gqa, softcap):
+def _softcapped(q, k, v, attn_mask, is_causal, scale, enable_gqa, softcap):
     """scaled_dot_product_attention with Gemma 2's soft-cap on the scores, which that function does not know."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh(q @ k.mT * scale / softcap) + attn_mask
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    scores = softcap * torch.tanh(q @ k.mT * scale / softcap)
+    if is_causal:
+        attn_mask = torch.full_like(scores[0, 0], -torch.inf).triu(1)
+    return (scores + attn_mask).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
 
 
 # On CUDA

@@ -15,10 +15,12 @@ embedding (2104.09864), grouped-query attention (2305.13245), RMSNorm (1910.0746
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ROWS_PER_THREAD = 16  # products of fewer rows round differently, so every block has a multiple of it for each thread
 MLP_ROWS = 1024  # tokens that go through an MLP at a time on the CPU: what it holds then stays in cache
@@ -160,13 +162,36 @@ def rope_table(config: Config, positions: torch.Tensor, dtype: torch.dtype) -> t
     return torch.cat((cos, cos), dim=-1), sin
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+class Rotate(torch.autograd.Function):
     """Rotary embedding of x (T, heads, head_dim): dimension i is paired with i + head_dim / 2."""
-    half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half] -= x[..., half:] * sin
-    out[..., half:] += x[..., :half] * sin
-    return out
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotate.turn(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, grad):  # a rotation's transpose is the rotation back
+        cos, sin = ctx.saved_tensors
+        return Rotate.turn(grad, cos, -sin), None, None
+
+    @staticmethod
+    def turn(x, cos, sin):
+        half = x.shape[-1] // 2
+        out = x * cos
+        out[..., :half] -= x[..., half:] * sin
+        out[..., half:] += x[..., :half] * sin
+        return out
+
+
+def project(linears, make, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """What each of several linear layers gives for one input, make(*inputs): a list of (T, out_features).
+
+    make is a norm or a gate: cheap, and of each row alone. An adapter in training puts its own `project` in this
+    one's place (lora.py), which keeps the inputs for the backward pass and makes the rest again.
+    """
+    x = make(*inputs)
+    return [linear(x) for linear in linears]
 
 
 class RMSNorm(nn.Module):
@@ -183,6 +208,10 @@ class RMSNorm(nn.Module):
         return wide.to(x.dtype) * self.weight
 
 
+def flatten_heads(seen: torch.Tensor) -> torch.Tensor:
+    return seen.flatten(-2)  # (T, heads, head_dim) to (T, heads * head_dim)
+
+
 class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -191,19 +220,20 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias)
         self.v_proj = nn.Linear(config.hidden_size, config.num_kv_heads * width, bias)
         self.o_proj = nn.Linear(config.num_heads * width, config.hidden_size, bias=False)
-        self.head_dim = width
+        self.head_dim, self.project = width, project
         self.rule = {
             "window": config.windows[layer],
             "softcap": config.attention_softcap,
             "scale": config.attention_scale,
         }
 
-    def forward(self, x, rope, attend, read=None):
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, heads, head_dim)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, self.head_dim)), *rope)  # (T, kv heads, head_dim)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-        seen = attend(q, k, v, **self.rule).flatten(-2)  # (T, heads * head_dim)
-        return self.o_proj(seen if read is None else seen[read])
+    def forward(self, x, norm, rope, attend, read=None):
+        q, k, v = self.project((self.q_proj, self.k_proj, self.v_proj), norm, x)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in (q, k, v))  # (T, heads or kv heads, head_dim)
+        seen = attend(Rotate.apply(q, *rope), Rotate.apply(k, *rope), v, **self.rule)
+        last = flatten_heads if read is None else lambda seen: flatten_heads(seen[read])
+        (out,) = self.project((self.o_proj,), last, seen)
+        return out
 
 
 class MLP(nn.Module):
@@ -212,10 +242,15 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.activation = F.silu if config.activation == "silu" else lambda x: F.gelu(x, approximate="tanh")
+        self.activation, self.project = config.activation, project
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return (F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+    def forward(self, x: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        gate, up = self.project((self.gate_proj, self.up_proj), norm, x)
+        (out,) = self.project((self.down_proj,), self.gated, gate, up)
+        return out
 
 
 def in_blocks(function, x: torch.Tensor) -> torch.Tensor:
@@ -246,14 +281,14 @@ class Layer(nn.Module):
         self.post_norms = config.post_norms
 
     def forward(self, x, rope, attend, read=None):
-        seen = self.self_attn(self.input_layernorm(x), rope, attend, read)
+        seen = self.self_attn(x, self.input_layernorm, rope, attend, read)
         x = x if read is None else x[read]
         if not self.post_norms:
-            x = x + seen
-            return in_blocks(lambda x: x + self.mlp(self.post_attention_layernorm(x)), x)
+            return in_blocks(lambda x: x + self.mlp(x, self.post_attention_layernorm), x + seen)
         x = x + self.post_attention_layernorm(seen)
-        mlp = nn.Sequential(self.pre_feedforward_layernorm, self.mlp, self.post_feedforward_layernorm)
-        return in_blocks(lambda x: x + mlp(x), x)
+        return in_blocks(
+            lambda x: x + self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm)), x
+        )
 
 
 class Decoder(nn.Module):
@@ -266,15 +301,17 @@ class Decoder(nn.Module):
         )
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config)
+        self.checkpointing = False  # in training: keep each layer's input alone, and run the layer again
 
     def forward(self, tokens, positions, attend, read=None):
         x = self.embed_tokens(tokens)
         if self.config.embed_scale != 1:
             x = x * torch.tensor(self.config.embed_scale, dtype=x.dtype, device=x.device)
         rope = rope_table(self.config, positions, x.dtype)
+        run = partial(checkpoint, use_reentrant=False) if self.checkpointing else lambda layer, *args: layer(*args)
         for layer in self.layers[:-1]:
-            x = layer(x, rope, attend)
-        return self.norm(self.layers[-1](x, rope, attend, read))
+            x = run(layer, x, rope, attend)
+        return self.norm(run(self.layers[-1], x, rope, attend, read))
 
 
 class LanguageModel(nn.Module):

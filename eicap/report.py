@@ -1,9 +1,12 @@
-"""Tables of a run, for the terminal. Imports no torch."""
+"""Tables of a run, for the terminal, and its picture. Imports no torch."""
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
+from pathlib import Path
 
+from eicap import InputError
 from eicap.bench import LETTERS
 from eicap.results import option_means
 
@@ -130,3 +133,45 @@ def show_probe(probe, prompts, scores, text: str, pieces: list[str], score: str)
         best = max(range(len(places)), key=lambda j: sum(places[j]) / len(places[j]))
         lines.append("   ".join(cells[o] for o in sorted(cells)) + f"   -> {prompt.order[best]}")
     return "\n".join([*lines, "", "* is the right one"])
+
+
+def training(log: Path, seen: dict, out: Path) -> str:
+    """The last words of train_lora.py. seen: tokens, seconds, and how many dialogues were cut or left out."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    held_out = [row["held_out"] for row in rows if "held_out" in row]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    lines = [f"loss            {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps"]
+    if held_out:
+        lines.append(f"held-out loss   {held_out[0]:.4f} -> {held_out[-1]:.4f}")
+    if seen["seconds"]:
+        lines.append(f"{seen['tokens']:,} tokens, {seen['tokens'] / seen['seconds']:,.0f} a second")
+    if seen["cut"] or seen["left_out"]:
+        lines.append(f"{seen['cut']} dialogues were cut at a turn, {seen['left_out']} left out: longer than --max-tokens")
+    return "\n".join([*lines, f"{out}: the adapter, log.jsonl and run.json"])
+
+
+def pyplot():
+    """matplotlib's, for a file and no window. InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_losses(log: Path, path: Path) -> None:
+    """The losses of a training run as a picture; its format is the file name's."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure, axes = pyplot().subplots(figsize=(6, 4), layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("held_out", "held out", "o-")):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axes.plot(*zip(*points), style, label=label, markersize=4) if points else None
+    axes.set(xlabel="step", ylabel="loss a token", title=log.parent.name)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the picture cannot be written ({error})") from None

@@ -68,7 +68,7 @@ def read_run(folder: Path) -> dict | None:
     except (ValueError, OSError) as error:
         raise InputError(f"{path}: cannot be read ({error}); --fresh starts over") from None
     if not isinstance(run, dict) or not isinstance(run.get("identity"), dict):
-        raise InputError(f"{path}: not written by evaluate.py; use --out, or --fresh to start over")
+        raise InputError(f"{path}: not a run's run.json; use --out, or --fresh to start over")
     return run
 
 
@@ -87,12 +87,11 @@ def check_identity(folder: Path, identity: dict) -> None:
         )
 
 
-def clear(folder: Path) -> None:
-    """Remove what a run left (--fresh), and nothing else."""
-    for name in ("run.json", "probes.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    for part in folder.glob("part-*.jsonl"):
-        part.unlink()
+def clear(folder: Path, patterns: list[str]) -> None:
+    """Remove what a run left (--fresh), run.json and the files of these patterns, and nothing else."""
+    for pattern in ["run.json", *patterns]:
+        for file in folder.glob(pattern):
+            file.unlink()
 
 
 class Part:

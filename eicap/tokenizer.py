@@ -51,9 +51,19 @@ class Tokenizer:
                 digest.update(name.encode() + (self.folder / name).read_bytes())
         self.fingerprint = digest.hexdigest()
 
+    @property
+    def end_of_text(self) -> list[int]:
+        """The end-of-text token, as a list of its id; empty where the tokenizer names none."""
+        token = self.special.get("eos_token")
+        return self.encode([token], special=False)[0] if token else []
+
     def encode(self, texts: list[str], special: bool) -> list[list[int]]:
         """Ids of each text. special: add what the tokenizer adds by default (a BOS, where it has one)."""
         return self.backend.encode(texts, special)
+
+    def encode_at(self, text: str, special: bool) -> tuple[list[int], list[int]]:
+        """Ids of a text, and at which of its characters each token starts."""
+        return self.backend.encode_at(text, special)
 
     def pieces(self, ids: list[int]) -> list[str]:
         """Each id as readable text, special tokens included."""
@@ -96,6 +106,10 @@ class _JsonBackend:
     def encode(self, texts, special):
         return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
 
+    def encode_at(self, text, special):
+        encoding = self.tokenizer.encode(text, add_special_tokens=special)
+        return encoding.ids, [start for start, _ in encoding.offsets]
+
     def pieces(self, ids):
         return [self.tokenizer.decode([i], skip_special_tokens=False) for i in ids]
 
@@ -131,6 +145,17 @@ class _SentencePieceBackend:
         for part in self.cut.split(text):
             ids += [self.special[part]] if part in self.special else self.model.encode(part)
         return ids
+
+    def encode_at(self, text, special):
+        ids, starts, at = (self.bos if special else [])[:], [0] * (len(self.bos) if special else 0), 0
+        for part in self.cut.split(text):
+            if part in self.special:
+                ids, starts = ids + [self.special[part]], starts + [at]
+            else:
+                found = self.model.encode(part, return_type="offset_mapping")
+                ids, starts = ids + found["ids"], starts + [at + start for start, _ in found["offsets"]]
+            at += len(part)
+        return ids, starts
 
     def pieces(self, ids):
         return [self.names.get(i) or self.model.id_to_piece(i).replace("▁", " ") for i in ids]

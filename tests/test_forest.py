@@ -83,12 +83,37 @@ def test_packing_keeps_trees_apart_and_fills_up_with_a_chain_of_its_own():
     assert forest.ends.tolist() == [3, 3, 3, 5, 5] + [12] * 7
 
 
-def test_query_blocks_start_anew_with_every_tree_and_none_is_short():
-    sizes = [399, 1, 193, 207, 208, 30]
-    blocks = query_blocks(pack([chain([0] * size) for size in sizes])[0])
-    assert [(stop - start) for _, start, stop in blocks] == [192, 207, 1, 193, 207, 192, 16, 30]
-    alone = query_blocks(chain([0] * 399))
-    assert [(start, stop) for _, start, stop in blocks[:2]] == [(start, stop) for _, start, stop in alone]
+def test_a_tree_is_cut_into_blocks_of_queries_and_none_but_the_only_one_is_short():
+    cut = {1: [1], 30: [30], 193: [193], 207: [207], 208: [192, 16], 399: [192, 207]}
+    assert {length: query_blocks(length) for length in cut} == cut
+
+
+def test_a_tree_gives_the_same_bits_whatever_stands_before_it():
+    tree = prefix_tree(random_prompts(5, count=8, longest=70))[0]
+    both, (_, start) = pack([prefix_tree(random_prompts(6, count=9, longest=70))[0], tree])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(len(both), 4, 16), torch.randn(len(both), 2, 16), torch.randn(len(both), 2, 16)
+    together = BlockAttention(both, torch.float32)(q, k, v, None, None, 0.3)[start:]
+    alone = BlockAttention(tree, torch.float32)(q[start:], k[start:], v[start:], None, None, 0.3)
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_chains_attend_causally_forward_and_backward(window, softcap):
+    forest = pack([chain([0] * length) for length in (1, 33, 250, 40)])[0]
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(len(forest), heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    found = BlockAttention(forest, torch.float32)(q, k, v, window, softcap, 0.3)
+    everything = torch.arange(len(forest))
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~sees(forest, everything, everything, window), -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    direction = torch.randn_like(found)
+    for mine, right in zip(torch.autograd.grad(found, (q, k, v), direction), torch.autograd.grad(expected, (q, k, v), direction)):
+        torch.testing.assert_close(mine, right, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("window", [None, 40])
