@@ -40,7 +40,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ", ".join([*checkpoint.REPOSITORIES, checkpoint.DEMO])
     parser.add_argument("--ckpt", required=True, metavar="NAME", help=f"a folder in Hugging Face layout, or: {names}")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="a LoRA adapter on top: a run of train_lora.py, or PEFT's")
+    parser.add_argument(
+        "--adapter", type=Path, metavar="DIR", help="a LoRA adapter on top: a run of train_lora.py, or PEFT's"
+    )
     group = parser.add_argument_group("what is asked")
     default = Path(__file__).parent / "data" / "bench"
     group.add_argument("--bench", type=Path, default=default, metavar="PATH", help="a bench file, or a folder of them")
@@ -123,7 +125,7 @@ def choose_format(asked: str, name: str) -> str:
 
 
 def check_adapter(folder: Path, name: str, weights: str) -> None:
-    """InputError where run.json says that the adapter is not finished, or for other weights. PEFT's folders have none."""
+    """InputError where run.json says that the adapter is unfinished or for other weights; PEFT's folders have none."""
     run = results.read_run(folder)
     if run and run["identity"].get("checkpoint") != weights:
         raise InputError(f"{folder}: was trained on other weights, {run.get('checkpoint')}, and does not fit {name}")

@@ -304,6 +304,8 @@ def train(args: argparse.Namespace) -> int:
         raise InputError(f"--max-tokens {args.max_tokens}: more than --batch-tokens {args.batch_tokens} hold")
     if not 0 <= args.dropout < 1:
         raise InputError(f"--dropout {args.dropout}: a share from 0 to below 1 is expected")
+    if args.warmup < 0:
+        raise InputError(f"--warmup {args.warmup}: 0 or more is expected")
     if args.plot:
         report.pyplot()  # fails now, where it would fail later
     if world > 1:
@@ -337,8 +339,8 @@ def train(args: argparse.Namespace) -> int:
         "processes": world,
         "targets": sorted(targets),
     }
-    keys = "lang rank alpha dropout steps lr warmup max_tokens batch_tokens accumulate checkpointing seed".split()
-    identity |= {key: getattr(args, key) for key in keys}
+    names = ["lang", "rank", "alpha", "dropout", "steps", "lr", "warmup", "max_tokens", "batch_tokens", "accumulate"]
+    identity |= {name: getattr(args, name) for name in [*names, "checkpointing", "seed"]}
     out = args.out or Path("runs") / f"{name}-uc-{args.lang.replace(',', '-')}"
     with results.lock(out) if rank == 0 else nullcontext():
         if rank == 0:
@@ -388,7 +390,7 @@ def fit(args, out, model, examples, trained, shown, identity, rank, world) -> in
     path = out / "log.jsonl"
     if rank == 0:
         results.write_json(out / "run.json", run)
-        keep_log(path, step)
+        keep_log(path, step or -1)  # the held-out loss before training is found anew
         print(
             f"{args.ckpt}: {examples.format} format, {identity['dtype']} on {device}; {count:,} parameters train, "
             f"{count / size:.2%} of all\n{len(trained):,} dialogues, {len(examples.dialogues) - len(trained):,} more "
@@ -465,7 +467,9 @@ def fit(args, out, model, examples, trained, shown, identity, rank, world) -> in
             )
             if asked and step < args.steps:
                 bar.close()
-                print(f"stopped after step {step}, which is saved; the same command goes on from there", file=sys.stderr)
+                print(
+                    f"stopped after step {step}, which is saved; the same command goes on from there", file=sys.stderr
+                )
                 return 130
 
     if rank == 0:

@@ -160,7 +160,9 @@ def main() -> None:
     rival = answers.pop("peft", None)
     for program, answer in answers.items() if rival else ():
         speed = rival["seconds"] / rival["tokens"] * answer["tokens"] / answer["seconds"]
-        print(f"{program}: {speed:.2f} x the tokens/s of peft in {answer['memory'] / rival['memory']:.2f} of its memory")
+        print(
+            f"{program}: {speed:.2f} x the tokens/s of peft in {answer['memory'] / rival['memory']:.2f} of its memory"
+        )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,17 @@ from eicap.results import no_room, write_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HARMLESS = """
+    peft_type r lora_alpha use_rslora rank_pattern alpha_pattern lora_dropout target_modules exclude_modules
+    layers_to_transform layers_pattern base_model_name_or_path revision inference_mode auto_mapping peft_version
+    megatron_core qalora_group_size eva_config loftq_config corda_config lora_ga_config runtime_config
+    ensure_weight_tying
+"""  # keys of adapter_config.json that are read here, or do not change what a saved adapter computes
+PLAIN = {  # values of other keys that leave it plain LoRA; some ways to begin also change the base (PiSSA, OLoRA, …)
+    "bias": ["none"],
+    "task_type": ["CAUSAL_LM"],
+    "init_lora_weights": [True, "gaussian", "eva", "orthogonal"],
+}
 
 
 # The layer
@@ -197,13 +208,8 @@ def _read_config(folder: Path) -> dict:
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise InputError(f"{path}: peft_type {config.get('peft_type')!r} is not supported: only LORA is")
-    plain = {"bias": "none", "task_type": "CAUSAL_LM"}
-    known = {"r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"}
-    known |= {"peft_type", "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "auto_mapping"}
-    known |= {"peft_version", "layers_to_transform", "layers_pattern", "exclude_modules", "ensure_weight_tying"}
-    known |= {"megatron_core", "lora_ga_config", "loftq_config", "eva_config", "corda_config", "runtime_config"}
-    for key, value in config.items():  # the rest changes what the adapter computes, unless it is off
-        if key not in known and value and value != plain.get(key):
+    for key, value in config.items():  # what is not known to be harmless changes what the adapter computes, unless off
+        if key not in HARMLESS.split() and value and value not in PLAIN.get(key, ()):
             raise InputError(f"{path}: {key} = {json.dumps(value)} is not supported: only plain LoRA is")
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float):

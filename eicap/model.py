@@ -286,9 +286,7 @@ class Layer(nn.Module):
         if not self.post_norms:
             return in_blocks(lambda x: x + self.mlp(x, self.post_attention_layernorm), x + seen)
         x = x + self.post_attention_layernorm(seen)
-        return in_blocks(
-            lambda x: x + self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm)), x
-        )
+        return in_blocks(lambda x: x + self.post_feedforward_layernorm(self.mlp(x, self.pre_feedforward_layernorm)), x)
 
 
 class Decoder(nn.Module):

@@ -146,7 +146,9 @@ def training(log: Path, seen: dict, out: Path) -> str:
     if seen["seconds"]:
         lines.append(f"{seen['tokens']:,} tokens, {seen['tokens'] / seen['seconds']:,.0f} a second")
     if seen["cut"] or seen["left_out"]:
-        lines.append(f"{seen['cut']} dialogues were cut at a turn, {seen['left_out']} left out: longer than --max-tokens")
+        lines.append(
+            f"{seen['cut']} dialogues were cut at a turn, {seen['left_out']} left out: longer than --max-tokens"
+        )
     return "\n".join([*lines, f"{out}: the adapter, log.jsonl and run.json"])
 
 

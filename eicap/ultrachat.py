@@ -67,9 +67,12 @@ def _index(path: Path, digest) -> np.ndarray:
     """Where each line of a file begins, in bytes: (lines,) int64. Every line is checked on the way."""
     offsets, at = [], 0
     try:
-        with open(path, "rb") as file, tqdm(
-            total=path.stat().st_size, unit="B", unit_scale=True, desc=f"reading {path.name}", leave=False, delay=1
-        ) as bar:
+        with (
+            open(path, "rb") as file,
+            tqdm(
+                total=path.stat().st_size, unit="B", unit_scale=True, desc=f"reading {path.name}", leave=False, delay=1
+            ) as bar,
+        ):
             for line in file:
                 parse(line, f"{path}, line {len(offsets) + 1}")
                 digest.update(line)

@@ -303,7 +303,7 @@ def test_a_broken_checkpoint_is_a_clear_error(tiny, bench_file, tmp_path, capsys
         (["--bench", "no/such/file.jsonl"], "cannot be read"),
         (["--lang", "fr"], "no dialogue in this language"),
         (["--show", "en-999-1"], "no such probe"),
-        (["--adapter", "somewhere"], "adapters"),
+        (["--adapter", "somewhere"], "adapter_config.json"),
     ],
 )
 def test_a_wrong_argument_is_a_clear_error(tiny, bench_file, tmp_path, capsys, more, word):

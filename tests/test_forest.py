@@ -112,7 +112,9 @@ def test_chains_attend_causally_forward_and_backward(window, softcap):
     expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v.repeat_interleave(2, 1))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     direction = torch.randn_like(found)
-    for mine, right in zip(torch.autograd.grad(found, (q, k, v), direction), torch.autograd.grad(expected, (q, k, v), direction)):
+    for mine, right in zip(
+        torch.autograd.grad(found, (q, k, v), direction), torch.autograd.grad(expected, (q, k, v), direction)
+    ):
         torch.testing.assert_close(mine, right, atol=1e-4, rtol=0)
 
 

@@ -71,7 +71,9 @@ def test_a_new_adapter_changes_nothing_and_its_a_is_kaiming_uniform(checkpoints)
     before = logits(model, forest)
     lora.attach(model, 8, 16, seed=5)
     assert torch.equal(logits(model, forest), before)
-    a = torch.cat([layer.lora_A.flatten() * math.sqrt(layer.lora_A.shape[1]) for layer in lora.layers(model).values()])
+    a = torch.cat(
+        [layer.lora_A.detach().flatten() * math.sqrt(layer.lora_A.shape[1]) for layer in lora.layers(model).values()]
+    )
     assert a.abs().max() <= 1 and a.var() == pytest.approx(1 / 3, rel=0.05)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
         name for name, _ in model.named_parameters() if "lora" in name
@@ -185,6 +187,7 @@ def test_peft_loads_what_we_save_without_a_warning_and_gives_the_same_logits(che
     base = AutoModelForCausalLM.from_pretrained(checkpoints[family], attn_implementation="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT's use of transformers
         theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     with torch.no_grad():
         expected = theirs(input_ids=forest.tokens[None]).logits[0]
@@ -198,7 +201,9 @@ def peft_adapter(folder, out, **settings):
     """An adapter that PEFT made, with random A and B; returns PEFT's model."""
     torch.manual_seed(2)
     base = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    theirs = peft.get_peft_model(base, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings))
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM"} | settings)
+    )
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
@@ -236,8 +241,9 @@ def test_adapters_of_peft_load_here_and_give_the_same_logits(checkpoints, family
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "lora_embedding"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
     ],
 )
 def test_other_kinds_of_adapter_are_refused_by_name(checkpoints, settings, word, tmp_path):

@@ -15,7 +15,14 @@ from eicap.tokenizer import Tokenizer
 
 SAMPLES = ROOT / "data" / "ultrachat"
 WORDS = prompt.read_wording()
-TALK = ["Hi there! How are you?", "Fine.\nAnd you?", "Tell me a joke, please.", "No :-) — ثلاث نكات: 1, 2, 3", "Bye", "So long."]
+TALK = [
+    "Hi there! How are you?",
+    "Fine.\nAnd you?",
+    "Tell me a joke, please.",
+    "No :-) — ثلاث نكات: 1, 2, 3",
+    "Bye",
+    "So long.",
+]
 
 
 def messages(turns=TALK):
@@ -55,7 +62,9 @@ def test_dialogues_of_several_files_are_numbered_through_and_read_from_disk(tmp_
     ]
     dialogues = ultrachat.Dialogues(files)
     assert len(dialogues) == 9
-    assert [d[0]["content"] for d in dialogues] == [f"{n}{i} ü" for n, c in (("a", 3), ("b", 1), ("c", 5)) for i in range(c)]
+    assert [d[0]["content"] for d in dialogues] == [
+        f"{n}{i} ü" for n, c in (("a", 3), ("b", 1), ("c", 5)) for i in range(c)
+    ]
     assert [dialogues.file_of(i) for i in range(9)] == [0, 0, 0, 1, 2, 2, 2, 2, 2]
     files[1].write_bytes(files[1].read_bytes().replace(b"b0", b"B9"))  # what is read is what is on disk now
     assert dialogues[3][0]["content"] == "B9 ü"
@@ -87,7 +96,7 @@ def resident() -> int:
         ('{"data": ["only a question"]}', "empty dialogue"),
         ('{"data": ["", "answer"]}', "empty dialogue"),
         ('{"data": ["a", 3]}', "turn 2 lacks"),
-        ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}', "turn 1 is the assistant's"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "turn 1 is the assistant's"),
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}', "turn 2 is the user's"),
         ('{"messages": [{"role": "user", "content": "a"}, {"content": "b"}]}', "turn 2 lacks"),
         ('{"messages": ["a", "b"]}', "without role"),
@@ -117,11 +126,17 @@ def test_files_that_are_missing_empty_or_not_utf_8_are_named(tmp_path):
 
 def parts(turns, template: str) -> list[tuple[str, bool]]:
     """A dialogue written out by hand in each format: pieces of text, and whether they carry loss."""
-    found = [("<|begin_of_text|>", False)] if template == "llama3" else [("<bos>", False)] if template == "gemma" else []
+    found = (
+        [("<|begin_of_text|>", False)] if template == "llama3" else [("<bos>", False)] if template == "gemma" else []
+    )
     for i, text in enumerate(turns):
         mine = i % 2 == 1
         if template == "chatml":
-            found += [(f"<|im_start|>{('user', 'assistant')[i % 2]}\n", False), (text + "<|im_end|>", mine), ("\n", False)]
+            found += [
+                (f"<|im_start|>{('user', 'assistant')[i % 2]}\n", False),
+                (text + "<|im_end|>", mine),
+                ("\n", False),
+            ]
         elif template == "llama3":
             role = ("user", "assistant")[i % 2]
             found += [(f"<|start_header_id|>{role}<|end_header_id|>\n\n", False), (text + "<|eot_id|>", mine)]
@@ -162,7 +177,11 @@ def test_the_small_real_model_reads_the_samples_as_transformers_does(smollm2):
         example = ultrachat.render(dialogue, tokenizer, "chat", {}, 10**6)
         assert not example.cut
         assert example.ids == theirs.apply_chat_template(dialogue, return_dict=False)
-        said = [list(group) for carries, group in itertools.groupby(zip(example.ids, example.loss), lambda p: p[1]) if carries]
+        said = [
+            list(group)
+            for carries, group in itertools.groupby(zip(example.ids, example.loss), lambda p: p[1])
+            if carries
+        ]
         assert all(ids[-1][0] == end for ids in said)
         texts = [theirs.decode([i for i, _ in ids[:-1]]) for ids in said]
         assert texts == [turn["content"] for turn in dialogue if turn["role"] == "assistant"]
@@ -188,7 +207,7 @@ def test_sentencepiece_says_where_its_tokens_start(tmp_path):
         control_symbols=["<turn>"], add_dummy_prefix=False, minloglevel=2,
     )  # fmt: skip
     tokenizer = Tokenizer(tmp_path)
-    text = "<turn>hello نعم<turn> there you"
+    text = "<turn>hello نعم<turn>there you"
     ids, starts = tokenizer.encode_at(text, special=False)
     assert ids == tokenizer.encode([text], special=False)[0]
     ends = [*starts[1:], len(text)]
