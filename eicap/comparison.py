@@ -205,8 +205,8 @@ def _size(x: np.ndarray, y: np.ndarray, d: np.ndarray, n: np.ndarray, family: in
     """Discordant probes, effect size, and the smallest difference that would be found, at alpha and alpha / rows."""
     levels = (ALPHA, ALPHA / family)
     if metric == "logprob":
-        error = math.sqrt((d**2).sum()) / n.sum()
-        mde = [tests.detectable_normal(error, alpha) for alpha in levels]
+        mde = [tests.detectable_real(d, n, alpha) for alpha in levels]
+        mde = ["unreachable" if math.isinf(value) else float(value) for value in mde]
         return {"b_only": None, "a_only": None, "h": None, "mde": mde[0], "mde_rows": mde[1]}
     mde = [tests.detectable(d, n, alpha) for alpha in levels]
     mde = ["unreachable" if math.isinf(value) else float(value) for value in mde]

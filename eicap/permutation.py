@@ -287,9 +287,9 @@ def detectable(d: np.ndarray, n: np.ndarray, alpha: float, power: float = 0.8) -
     """The smallest true difference in accuracy that sign_flip would find at `alpha` with this power; inf where none.
 
     d, n: (units,) integers, differences and numbers of probes. The runs are taken to disagree as often as they were
-    seen to; the difference lies in who wins. Where even winning every disagreement would not do, they are taken to
-    disagree as often as is needed, all one way. One probe a unit: exact over the binomial number of disagreements.
-    More: the convolution of sign_flip with biased signs, at the disagreements that were seen.
+    seen to, the difference lying in who wins; where even winning every disagreement would not do, to disagree as
+    often as is needed, all one way. One probe a unit: exact over the binomial number of disagreements. More: the
+    convolution of sign_flip with biased signs, at the sizes |d_i| that were seen.
     """
     d, n = d[n > 0], n[n > 0]
     needed = 1 + math.ceil(math.log2(1 / alpha))  # p = 2^(1 - units) where all differ, and one way
@@ -303,7 +303,31 @@ def detectable(d: np.ndarray, n: np.ndarray, alpha: float, power: float = 0.8) -
     if missing > 0:
         return size + missing / n.sum()
     reached = _rejected(flip_distribution(d), alpha)
-    return size * _smallest(lambda x: flip_distribution(d, (1 + x) / 2)[reached].sum(), power)
+    bias = _smallest(lambda x: flip_distribution(d, (1 + x) / 2)[reached].sum(), power)
+    return _on_top(size * bias, d, n)
+
+
+def detectable_real(d: np.ndarray, n: np.ndarray, alpha: float, power: float = 0.8) -> float:
+    """`detectable` for real differences, by the normal approximation."""
+    return _on_top(detectable_normal(math.sqrt((d * d).sum()) / n.sum(), alpha, power), d, n)
+
+
+def detectable_normal(error: float, alpha: float, power: float = 0.8) -> float:
+    """The smallest true difference that a test finds whose statistic is nearly normal with this standard error."""
+    z = NormalDist().inv_cdf
+    return (z(1 - alpha / 2) + z(power)) * error
+
+
+def _on_top(difference: float, d: np.ndarray, n: np.ndarray) -> float:
+    """A true difference comes on top of the units' spread, and so adds to the sum of d^2 that a flip test weighs it by.
+
+    The flips say which share r of a unit's mean square must be its squared mean. With the spread as it was
+    seen, that takes a difference larger by 1 / sqrt(1 - r).
+    """
+    units = np.count_nonzero(n)
+    r = units * (difference * n.sum() / units) ** 2 / max((d * d).sum(), 1e-300)
+    found = difference / math.sqrt(1 - r) if r < 1 else math.inf
+    return found if found <= 1 or not np.issubdtype(d.dtype, np.integer) else math.inf
 
 
 def _smallest(power_at: Callable[[float], float], power: float) -> float:
@@ -326,28 +350,32 @@ def _rejected(null: np.ndarray, alpha: float) -> np.ndarray:
 
 
 def _power_one_probe(units: int, rate: float, difference: float, alpha: float) -> float:
-    """P(p <= alpha) of McNemar's exact test: over the number D of discordant units, and over the wins among them."""
-    rate = max(rate, difference)
+    """P(p <= alpha) of McNemar's exact test: over the number D of discordant units, and over the wins among them.
+
+    A difference comes on top of the spread here too: the rate of discordant units is then rate + difference^2.
+    """
+    rate = min(1.0, max(rate + difference**2, difference))
     if rate == 0:
         return 0.0
     spread = 8 * math.sqrt(units * rate * (1 - rate)) + 8  # beyond: less than 1e-14
     first, last = max(0, int(units * rate - spread)), min(units, int(units * rate + spread))
-    D, k = np.arange(first, last + 1)[:, None], np.arange(last // 2 + 1)[None, :]
-    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, units + 1)))])
+    D = np.arange(first, last + 1)[:, None]
+    wins = (D + 1) // 2 + np.arange(min(last // 2, int(3 * math.sqrt(last))) + 1)  # of the side with more, to 6 sigma
+    log_ways = _log_ways(D, wins) - (2 * wins == D) * math.log(2)  # a draw is one outcome, not two
 
-    def pmf(k, n, p):
-        rest = np.maximum(n - k, 0)
-        ways = log_factorial[n] - log_factorial[k] - log_factorial[rest]
-        log_p, log_q = math.log(max(p, 1e-300)), math.log(max(1 - p, 1e-300))
-        return np.where(k <= n, np.exp(ways + k * log_p + rest * log_q), 0)
+    def pmf(log_ways, k, n, p):
+        return np.exp(log_ways + k * math.log(max(p, 1e-300)) + (n - k) * math.log(max(1 - p, 1e-300)))
 
+    null = 2 * pmf(log_ways, wins, D, 0.5)
+    kept = 1 - np.cumsum(null, axis=1) + null > alpha  # P(|S| >= 2 wins - D)
     up = (1 + difference / rate) / 2
-    rejects = (2 * np.cumsum(pmf(k, D, 0.5), axis=1) <= alpha) & (2 * k < D)  # k: the smaller of wins and losses
-    reached = np.where(rejects, pmf(k, D, up) + pmf(k, D, 1 - up), 0).sum(1)
-    return float(pmf(D[:, 0], units, rate) @ reached)
+    found = pmf(log_ways, wins, D, up) + pmf(log_ways, wins, D, 1 - up)
+    weights = pmf(_log_ways(units, D[:, 0]), D[:, 0], units, rate)
+    return 1 - float(weights @ np.where(kept, found, 0).sum(1))
 
 
-def detectable_normal(error: float, alpha: float, power: float = 0.8) -> float:
-    """`detectable` by the normal approximation, for a difference with this standard error (real or unpaired)."""
-    z = NormalDist().inv_cdf
-    return (z(1 - alpha / 2) + z(power)) * error
+def _log_ways(n, k) -> np.ndarray:
+    """log of n choose k; -inf where k > n."""
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, np.max(n) + 1)))])
+    ways = log_factorial[n] - log_factorial[np.minimum(k, n)] - log_factorial[np.maximum(n - k, 0)]
+    return np.where(k > n, -np.inf, ways)
