@@ -85,6 +85,7 @@ def compare(args: argparse.Namespace) -> tuple[dict, str]:
     """The report as --json writes it, and as the terminal shows it."""
     check(args)
     runs = comparison.read(args.runs, args.partial)
+    comparison.check_metric(runs, args.metric)
     how = (args.by, args.metric, args.adjust, args.seed)
     if args.unpaired:
         report = comparison.compare_samples(*runs, *how)

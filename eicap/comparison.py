@@ -80,6 +80,14 @@ def _check_same_bench(a: Run, b: Run, shared: set[str]) -> None:
                 raise InputError(f"{a.folder} and {b.folder}: probe {id} is not the same in both ({field})")
 
 
+def check_metric(runs: list[Run], metric: str) -> None:
+    """Log-probabilities of letters and of whole options are not the same scale."""
+    kinds = {run.run["identity"].get("score") for run in runs}
+    if metric == "logprob" and len(kinds) > 1:
+        told = ", ".join(f"{run.folder}: {run.run['identity'].get('score')}" for run in runs)
+        raise InputError(f"--metric logprob: the runs scored different things ({told}); compare correct instead")
+
+
 def settings_that_differ(runs: list[Run]) -> list[str]:
     """What else differs than the model: a line for each setting, for the table's footer."""
     lines = []
@@ -192,11 +200,13 @@ def compare(
             row |= {"p": None, "p_se": None}
         row |= _size(x[rows], y[rows], d[:, g], n[:, g], family if group else 1, metric)
         table.append(row)
+    families = [(by, slice(0, len(made) - 1), made[:-1])]
+    if by != ["lang"]:
+        families.append((["lang"], slice(len(made), None), langs))
     parts = []
-    for facets, first, found in ((by, 0, made[:-1]), (["lang"], len(made), langs)):
-        columns = slice(first, first + len(found))
+    for facets, columns, found in families:
         weights = {} if described_only(facets) else contrast_weights([group for group, _ in found], facets)
-        if weights and (facets != by or facets != ["lang"]):
+        if weights:
             parts.append(_contrasts(weights, names, d[:, columns], n[:, columns], draws[:, columns], rng))
     return Part(table, names, d[:, : len(made)]), parts
 

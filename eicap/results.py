@@ -140,6 +140,8 @@ def _read_lines(
         try:
             text = line.decode("utf-8")
             row = json.loads(text)
+            if row["id"] in found and not tail_may_be_cut:
+                raise ValueError
             found[row["id"]] = text, row
         except (ValueError, KeyError, TypeError, RecursionError):
             if tail_may_be_cut:  # a cut line, and then another after a restart

@@ -118,7 +118,7 @@ def pair_footer(report: dict) -> list[str]:
         "p: two-sided, the signs of whole units flipped (a unit is a dialogue, or a dialogue and its pair in another",
         f"   language); {'exact, by convolution' if exact else f'exact, or {FLIPS:,} random flips (s.e. in --json)'}",
         f"p adj.: {method} over {family} tests; the row over everything is by itself",
-        f"interval: percentile bootstrap over units, {BOOTSTRAPS:,} draws, seed {report['seed']}; none under {FEWEST} units",
+        f"interval: 95 %, percentile bootstrap over units, {BOOTSTRAPS:,} draws; none under {FEWEST} units",
         "found: the smallest true difference that a sample like this would show in 4 of 5 cases",
         "not measurable: even a change of medium size (Cohen's h = 0.5) would be missed more often than that",
     ]
@@ -144,20 +144,20 @@ def side_by_side(reports: list[dict]) -> str:
     """Differences of several pairs in one table: a column a pair, or a pair and language where --by ends in lang."""
     by, metric = reports[0]["by"], reports[0]["metric"]
     crossed = len(by) == 2 and by[-1] == "lang"
-    cells, langs, names = {}, {}, {}
-    for i, report in enumerate(reports):
+    cells, names, columns = {}, {}, {}
+    for i, report in enumerate(reports, start=1):
         for row in report["rows"]:
             group = dict(row["group"])
-            lang = (group.pop("lang", "") or "both") if crossed else ""
-            langs[lang] = names[name(group)] = True
-            cells[name(group), i, lang] = change(row["diff"], metric) + MARKS[row["verdict"]]
-    if not crossed:
-        langs = {"": True}
-    shown = [lang for lang in langs if lang != "both"] + ["both"] * crossed
-    columns = [(i, lang) for i in range(len(reports)) for lang in shown]
-    lines = [["B - A", *(f"{i + 1}" + f" {lang}" * crossed + " " for i, lang in columns)]]
-    order = [n for n in names if n != "overall"] + ["overall"]
-    lines += [[row, *(cells.get((row, *column), "") for column in columns)] for row in order]
+            column = f"{i} {group.pop('lang')} " if crossed and group else f"{i} "
+            if group or not crossed:
+                columns[column] = True
+            names[name(group)] = True
+            cells[name(group), column] = change(row["diff"], metric) + MARKS[row["verdict"]]
+    rows = [n for n in names if n != "overall"] + ["overall"] * (not crossed)
+    lines = [["B - A", *columns], *([row, *(cells.get((row, column), "") for column in columns)] for row in rows)]
+    if crossed:
+        overall = "   ".join(f"{i}: {cells['overall', f'{i} ']}" for i in range(1, len(reports) + 1))
+        return f"{grid(lines)}\noverall, in all languages   {overall}"
     return grid(lines)
 
 
