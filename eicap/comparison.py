@@ -213,15 +213,13 @@ def compare(
 
 def _size(x: np.ndarray, y: np.ndarray, d: np.ndarray, n: np.ndarray, family: int, metric: str) -> dict:
     """Discordant probes, effect size, and the smallest difference that would be found, at alpha and alpha / rows."""
-    levels = (ALPHA, ALPHA / family)
-    if metric == "logprob":
-        mde = [tests.detectable_real(d, n, alpha) for alpha in levels]
-        mde = ["unreachable" if math.isinf(value) else float(value) for value in mde]
-        return {"b_only": None, "a_only": None, "h": None, "mde": mde[0], "mde_rows": mde[1]}
-    mde = [tests.detectable(d, n, alpha) for alpha in levels]
-    mde = ["unreachable" if math.isinf(value) else float(value) for value in mde]
-    found = {"b_only": int((y > x).sum()), "a_only": int((x > y).sum()), "h": tests.cohens_h(x.mean(), y.mean())}
-    return found | {"mde": mde[0], "mde_rows": mde[1]}
+    least = tests.detectable_real if metric == "logprob" else tests.detectable
+    at = {level: least(d, n, level) for level in (ALPHA, ALPHA / family)}
+    at = {level: "unreachable" if math.isinf(value) else float(value) for level, value in at.items()}
+    found = {"b_only": None, "a_only": None, "h": None}
+    if metric != "logprob":
+        found = {"b_only": int((y > x).sum()), "a_only": int((x > y).sum()), "h": tests.cohens_h(x.mean(), y.mean())}
+    return found | {"mde": at[ALPHA], "mde_rows": at[ALPHA / family]}
 
 
 def contrast_weights(found: list[dict], facets: list[str]) -> dict[str, list[float]]:

@@ -96,7 +96,10 @@ def flips(units: int, draws: int, rng: np.random.Generator) -> Iterator[np.ndarr
 
 
 def flipped_sums(d: np.ndarray, draws: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """sum_i s_i d_ig in blocks (block, rows), one sign vector for all rows: s = 2 kept - 1, one matrix product."""
+    """sum_i s_i d_ig in blocks (block, rows), one sign vector for all rows: s = 2 kept - 1, one matrix product.
+
+    d: (units, rows), without the units that differ in no row: their signs change nothing.
+    """
     whole = np.issubdtype(d.dtype, np.integer) and np.abs(d).sum(0).max(initial=0) < 2**24
     d = d.astype(np.float32 if whole else np.float64)  # float32 holds integers below 2^24 exactly
     for kept in flips(len(d), draws, rng):
@@ -122,6 +125,7 @@ def random_flips(
     all rows, signs are not strictly exchangeable any more and the test is asymptotic: sum z_i then has mean zero, is
     nearly normal over many units, and the flips' variance sum z_i^2 is, if anything, larger than its own.
     """
+    d = d[d.any(axis=1)]
     observed, slack = np.abs(d.sum(0)), ROUNDING * np.abs(d).sum(0)
     counts = np.zeros(d.shape[1])
     for sums in flipped_sums(d, draws, rng):
@@ -239,6 +243,7 @@ def max_t(d: np.ndarray, draws: int, rng: np.random.Generator, ties: float = 1.0
     chance of even one false positive. Exact by enumeration for 12 units or fewer, else Monte Carlo.
     Westfall and Young (1993), Resampling-Based Multiple Testing, algorithm 2.8.
     """
+    d = d[d.any(axis=1)]
     root = np.sqrt((d.astype(float) ** 2).sum(0))
     root[root == 0] = 1  # a row without any difference has T = 0, and p = 1
     observed = np.abs(d.sum(0)) / root
@@ -271,14 +276,11 @@ def bootstrap(d: np.ndarray, n: np.ndarray, draws: int, rng: np.random.Generator
     are the percentile interval. Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 13.
     """
     units, rows = d.shape
-    both = np.hstack([d, n]).astype(float)
-    found, size = [], max(1, BLOCK // units)
+    kinds, times = np.unique(np.hstack([d, n]).astype(float), axis=0, return_counts=True)  # equal units, drawn together
+    found, size = [], max(1, BLOCK // len(kinds))
     for start in range(0, draws, size):
-        block = min(size, draws - start)
-        chosen = rng.integers(0, units, (block, units), dtype=np.int32)
-        chosen += units * np.arange(block, dtype=np.int32)[:, None]
-        times = np.bincount(chosen.ravel(), minlength=block * units).reshape(block, units)
-        sums = times.astype(float) @ both
+        drawn = rng.multinomial(units, times / units, min(size, draws - start))
+        sums = drawn.astype(float) @ kinds
         found.append(sums[:, :rows] / np.maximum(sums[:, rows:], 1))
     return np.concatenate(found)
 

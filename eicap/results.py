@@ -15,6 +15,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from eicap import InputError
@@ -195,7 +196,7 @@ def _check_row(row: dict) -> None:
         raise ValueError("orders are not permutations of the options")
     if [len(values) for values in logprobs] != [options] * len(orders):
         raise ValueError("logprobs do not match orders")
-    if not all(math.isfinite(value) for values in logprobs for value in values):
+    if not all(map(math.isfinite, chain.from_iterable(logprobs))):
         raise ValueError("a log-probability is not a finite number")
     if type(answer) is not int or not 0 <= answer < options:
         raise ValueError("answer is none of the options")
