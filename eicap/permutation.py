@@ -275,12 +275,19 @@ def bootstrap(d: np.ndarray, n: np.ndarray, draws: int, rng: np.random.Generator
     One drawing serves all rows, so that differences between rows can be taken draw by draw. Quantiles of a column
     are the percentile interval. Efron and Tibshirani (1993), An Introduction to the Bootstrap, chapter 13.
     """
-    units, rows = d.shape
-    kinds, times = np.unique(np.hstack([d, n]).astype(float), axis=0, return_counts=True)  # equal units, drawn together
-    found, size = [], max(1, BLOCK // len(kinds))
+    (units, rows), both = d.shape, np.hstack([d, n]).astype(float)
+    kinds, times = np.unique(both, axis=0, return_counts=True)
+    alike = 4 * len(kinds) < units  # then units that are alike are drawn together
+    found, size = [], max(1, BLOCK // units)
     for start in range(0, draws, size):
-        drawn = rng.multinomial(units, times / units, min(size, draws - start))
-        sums = drawn.astype(float) @ kinds
+        block = min(size, draws - start)
+        if alike:
+            sums = rng.multinomial(units, times / units, block).astype(float) @ kinds
+        else:
+            chosen = rng.integers(0, units, (block, units), dtype=np.int32)
+            chosen += units * np.arange(block, dtype=np.int32)[:, None]
+            drawn = np.bincount(chosen.ravel(), minlength=block * units).reshape(block, units)
+            sums = drawn.astype(float) @ both
         found.append(sums[:, :rows] / np.maximum(sums[:, rows:], 1))
     return np.concatenate(found)
 

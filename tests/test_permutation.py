@@ -287,8 +287,10 @@ def test_cohens_h_equals_statsmodels():
     assert tests.cohens_h(1.0, 0.0) == pytest.approx(-math.pi)
 
 
-def test_bootstrap_agrees_with_scipy(rng):
-    n = rng.integers(1, 6, 60)
+@pytest.mark.parametrize("most", [1, 9])
+def test_bootstrap_agrees_with_scipy(rng, most):
+    """With one probe there are three kinds of units, with up to nine nearly as many as units."""
+    n = rng.integers(1, most + 1, 60)
     d = rng.binomial(n, 0.6) - rng.binomial(n, 0.4)
     theirs = scipy_stats.bootstrap(
         (d, n), lambda d, n, axis: d.sum(axis) / n.sum(axis), paired=True, vectorized=True, method="percentile",
