@@ -27,7 +27,7 @@ from eicap import InputError, comparison, tables
 
 
 def facets(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
+    names = [name.strip().replace("language", "lang") for name in text.split(",")]
     if len(names) > 2 or len(set(names)) < len(names) or not set(names) <= set(comparison.FACETS):
         raise argparse.ArgumentTypeError(f"one or two different ones of {', '.join(comparison.FACETS)}")
     return names

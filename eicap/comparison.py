@@ -160,6 +160,10 @@ def sums_over_units(values: np.ndarray, unit: list[str], members: list[np.ndarra
     return names.tolist(), np.stack(d, 1).astype(values.dtype), np.stack(n, 1)
 
 
+def title(group: dict) -> str:
+    return " / ".join(value or "(none)" for value in group.values()) or "overall"
+
+
 def described_only(by: list[str]) -> bool:
     """Subcategories hold too few probes each for a test."""
     return "subcategory" in by
@@ -200,14 +204,11 @@ def compare(
             row |= {"p": None, "p_se": None}
         row |= _size(x[rows], y[rows], d[:, g], n[:, g], family if group else 1, metric)
         table.append(row)
-    families = [(by, slice(0, len(made) - 1), made[:-1])]
+    by_rows, by_langs = slice(0, len(made) - 1), slice(len(made), None)
+    families = [(contrast_weights([group for group, _ in made[:-1]]), by_rows)]
     if by != ["lang"]:
-        families.append((["lang"], slice(len(made), None), langs))
-    parts = []
-    for facets, columns, found in families:
-        weights = {} if described_only(facets) else contrast_weights([group for group, _ in found], facets)
-        if weights:
-            parts.append(_contrasts(weights, names, d[:, columns], n[:, columns], draws[:, columns], rng))
+        families.append((contrast_weights([group for group, _ in langs]), by_langs))
+    parts = [_contrasts(w, names, d[:, part], n[:, part], draws[:, part], rng) for w, part in families if w]
     return Part(table, names, d[:, : len(made)]), parts
 
 
@@ -222,31 +223,26 @@ def _size(x: np.ndarray, y: np.ndarray, d: np.ndarray, n: np.ndarray, family: in
     return found | {"mde": at[ALPHA], "mde_rows": at[ALPHA / family]}
 
 
-def contrast_weights(found: list[dict], facets: list[str]) -> dict[str, list[float]]:
+def contrast_weights(found: list[dict]) -> dict[str, np.ndarray]:
     """Which groups' mean differences are set against which: name -> a weight a group.
 
     One facet: each group against the mean of the others; of two groups, the second against the first. A facet
     crossed with languages: within each of its groups, the second language against the first.
     """
-    m = len(found)
+    facets, m = list(found[0]), len(found)
+    if described_only(facets) or m == 1:
+        return {}
     if len(facets) == 1:
-        labels = [group[facets[0]] for group in found]
+        labels = [title(group) for group in found]
         if m == 2:
-            return {f"{labels[1]} minus {labels[0]}": [-1.0, 1.0]}
-        return {
-            f"{labels[i]} minus the others": [1.0 if i == j else -1 / (m - 1) for j in range(m)]
-            for i in range(m)
-            if m > 2
-        }
-    weights = {}
-    if "lang" in facets:
-        (other,) = set(facets) - {"lang"}
-        for name in dict.fromkeys(group[other] for group in found):
-            mine = [i for i in range(m) if found[i][other] == name]
-            if len(mine) == 2:
-                i, j = mine
-                label = f"{name}: {found[j]['lang']} minus {found[i]['lang']}"
-                weights[label] = [(k == j) - (k == i) + 0.0 for k in range(m)]
+            return {f"{labels[1]} minus {labels[0]}": np.array([-1.0, 1.0])}
+        return {f"{name} minus the others": row for name, row in zip(labels, (m * np.eye(m) - 1) / (m - 1))}
+    weights, first = {}, {}
+    for j, group in enumerate(found if "lang" in facets else []):
+        other = title({facet: value for facet, value in group.items() if facet != "lang"})
+        i = first.setdefault(other, j)
+        if i != j:
+            weights[f"{other}: {group['lang']} minus {found[i]['lang']}"] = np.eye(m)[j] - np.eye(m)[i]
     return weights
 
 
@@ -270,7 +266,8 @@ def _contrasts(weights: dict, names: list[str], d, n, draws: np.ndarray, rng: np
 def unpaired_rows(a: list[dict], b: list[dict], by: list[str], metric: str, rng: np.random.Generator) -> list[dict]:
     """Two different sets of probes: a row a group that both have, the last over everything.
 
-    Where dialogues of b are the pairs of dialogues of a, "pairs" compares these by sign flips.
+    Where dialogues of b are the pairs of dialogues of a, "pairs" compares these by sign flips. The unpaired test of
+    everything takes no account of them; that errs on the safe side, since members of a pair tend to be alike.
     """
     in_a, in_b = ({tuple(g.items()): rows for g, rows in groups(side, by)} for side in (a, b))
     table = []
@@ -372,7 +369,12 @@ def _beside(parts: list[Part]) -> np.ndarray:
     return np.hstack(columns)
 
 
-VERDICTS = {"contrast": ("more", "less"), "chance": ("above chance", "above chance"), "diff": ("improves", "worsens")}
+VERDICTS = {  # by what only such a row has: where B is better, where it is worse
+    "contrast": ("more", "less"),
+    "units_a": ("higher", "lower"),
+    "acc": ("above chance", "above chance"),
+    "mde_rows": ("improves", "worsens"),
+}
 
 
 def judge(row: dict, metric: str) -> None:
@@ -383,7 +385,7 @@ def judge(row: dict, metric: str) -> None:
         row["verdict"] = None
     elif p <= ALPHA:
         row["verdict"] = VERDICTS[kind][row.get("diff", 1) < 0]
-    elif kind == "chance":
+    elif kind == "acc":
         row["verdict"] = "not above chance"
     else:
         row["verdict"] = "no difference found" if measurable(row, metric) else "not measurable"
@@ -466,7 +468,7 @@ def against_chance(run: Run, by: list[str], metric: str, method: str, seed: int)
     languages = []
     for lang, there in spoken[1:]:
         (row,) = unpaired_rows(spoken[0][1], there, [], metric, rng)
-        languages.append({"a": spoken[0][0], "b": lang} | row)
+        languages.append({"a": spoken[0][0], "b": lang} | row | {"group": {"lang": lang}})
     _adjust_and_judge(languages, metric, method, rng)
     report = {"run": run.label, "by": by, "metric": metric, "adjust": method, "alpha": ALPHA, "seed": seed}
     return report | {"rows": table, "languages": languages, "ties": count_ties(rows), "notes": []}

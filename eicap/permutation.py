@@ -72,7 +72,7 @@ def on_lattice(z: np.ndarray, denominator: int) -> np.ndarray | None:
 
     None where their sum is so large that the convolution would take seconds.
     """
-    if denominator * np.abs(z).sum() > 2**50:
+    if denominator * np.abs(z).sum() > 2**40:
         return None
     whole = np.rint(z * denominator).astype(np.int64)
     whole //= max(1, np.gcd.reduce(whole))
@@ -242,6 +242,9 @@ def max_t(d: np.ndarray, draws: int, rng: np.random.Generator, ties: float = 1.0
     flips' largest over all rows, the second with their largest over all rows but the first, and so on. Controls the
     chance of even one false positive. Exact by enumeration for 12 units or fewer, else Monte Carlo.
     Westfall and Young (1993), Resampling-Based Multiple Testing, algorithm 2.8.
+
+    Where the columns are several pairs of runs, common signs give each column its exact distribution and all of them
+    the right covariances, but not their exact joint distribution: the adjustment is then asymptotic.
     """
     d = d[d.any(axis=1)]
     root = np.sqrt((d.astype(float) ** 2).sum(0))

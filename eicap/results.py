@@ -192,7 +192,8 @@ def _check_row(row: dict) -> None:
             raise ValueError(f"{name} is neither a string nor null")
     orders, logprobs, answer = row["orders"], row["logprobs"], row["answer"]
     options = len(orders[0]) if orders else 0
-    if options < 2 or any(sorted(order) != list(range(options)) for order in orders):
+    every = list(range(options))
+    if options < 2 or any(sorted(order) != every for order in orders):
         raise ValueError("orders are not permutations of the options")
     if [len(values) for values in logprobs] != [options] * len(orders):
         raise ValueError("logprobs do not match orders")

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 
 from eicap import InputError
-from eicap.comparison import BOOTSTRAPS, EXCHANGES, FEWEST, FLIPS
+from eicap.comparison import BOOTSTRAPS, EXCHANGES, FEWEST, FLIPS, title
 
 BAR = 21  # characters, zero in the middle
 ADJUSTMENTS = {"holm": "Holm", "bh": "Benjamini-Hochberg", "maxt": "step-down max-T"}
@@ -19,10 +19,6 @@ def grid(lines: list[list[str]], left: tuple[int, ...] = (0,)) -> str:
         for line in lines
     ]
     return "\n".join("   ".join(line).rstrip() for line in aligned)
-
-
-def name(group: dict) -> str:
-    return " / ".join(value or "(none)" for value in group.values()) or "overall"
 
 
 def mean(value: float, metric: str) -> str:
@@ -90,14 +86,14 @@ def show_pair(report: dict) -> str:
     """The comparison of two runs on the same probes."""
     rows, metric, alpha = report["rows"], report["metric"], report["alpha"]
     unit = "" if metric == "logprob" else " %"
-    first = [[name(r["group"]), str(r["probes"]), mean(r["acc_a"], metric), mean(r["acc_b"], metric)] for r in rows]
+    first = [[title(r["group"]), str(r["probes"]), mean(r["acc_a"], metric), mean(r["acc_b"], metric)] for r in rows]
     parts = [differences(rows, metric, first, ["", "probes", "A" + unit, "B" + unit])]
     lines = [["", "units", "only B right", "only A right", "Cohen's h", f"found at {alpha}", f"at {alpha}/rows"]]
     for row in rows:
         counts = ["" if row[key] is None else str(row[key]) for key in ("b_only", "a_only")]
         h = "" if row["h"] is None else f"{row['h']:+.2f}"
         mde = [found(row["mde"], metric), found(row["mde_rows"], metric)]
-        lines.append([name(row["group"]), str(row["units"]), *counts, h, *mde])
+        lines.append([title(row["group"]), str(row["units"]), *counts, h, *mde])
     parts.append(grid(lines))
     if report["contrasts"]:
         first = [[row["contrast"], str(row["units"])] for row in report["contrasts"]]
@@ -151,8 +147,8 @@ def side_by_side(reports: list[dict]) -> str:
             column = f"{i} {group.pop('lang')} " if crossed and group else f"{i} "
             if group or not crossed:
                 columns[column] = True
-            names[name(group)] = True
-            cells[name(group), column] = change(row["diff"], metric) + MARKS[row["verdict"]]
+            names[title(group)] = True
+            cells[title(group), column] = change(row["diff"], metric) + MARKS[row["verdict"]]
     rows = [n for n in names if n != "overall"] + ["overall"] * (not crossed)
     lines = [["B - A", *columns], *([row, *(cells.get((row, column), "") for column in columns)] for row in rows)]
     if crossed:
@@ -178,7 +174,7 @@ def pairs(reports: list[dict]) -> str:
 def samples(report: dict) -> str:
     """Two runs on different probes."""
     rows, metric = report["rows"], report["metric"]
-    parts = [f"A  {report['a']}\nB  {report['b']}", show_samples(rows, metric, [name(row["group"]) for row in rows])]
+    parts = [f"A  {report['a']}\nB  {report['b']}", show_samples(rows, metric, [title(row["group"]) for row in rows])]
     footer = [*sample_footer(report), *ties(dict(zip((report["a"], report["b"]), report["ties"])))]
     return "\n\n".join([*parts, "\n".join([*footer, *report["notes"], SEEDS])])
 
@@ -212,7 +208,7 @@ def chance(report: dict) -> str:
     metric = report["metric"]
     lines = [["", "probes", "units", "right %", "95 % interval", "chance %", "p", "p adj.", "verdict"]]
     for row in report["rows"]:
-        cells = [name(row["group"]), str(row["probes"]), str(row["units"]), mean(row["acc"], metric)]
+        cells = [title(row["group"]), str(row["probes"]), str(row["units"]), mean(row["acc"], metric)]
         cells += [interval(row["ci"], mean, metric), mean(row["chance"], metric)]
         lines.append([*cells, p_value(row["p"]), p_value(row["p_adj"]), verdict(row)])
     parts = [report["run"], grid(lines, left=(0, 8))]
@@ -238,7 +234,7 @@ def leaderboard(report: dict) -> str:
             low, high = row["rank"][label] if row["rank"] else (0, 0)
             ranks = "" if not row["rank"] else f" ({low})" if low == high else f" ({low}-{high})"
             cells.append(mean(row["acc"][label], metric) + ranks)
-        lines.append([name(row["group"]), str(row["probes"]), str(row["units"]), *cells])
+        lines.append([title(row["group"]), str(row["probes"]), str(row["units"]), *cells])
     parts = ["\n".join(f"{chr(ord('A') + i % 26)}  {label}" for i, label in enumerate(labels)), grid(lines)]
     equals = report["not_told_apart"]
     told = f"but not told apart from {', '.join(equals)}" if equals else "and better than every other run"
@@ -277,7 +273,7 @@ def plot(reports: list[dict], path: Path) -> None:
                 percent * row["diff"], place, "o", color="black" if row["verdict"] != "not measurable" else "grey"
             )
         axis.axvline(0, color="lightgrey", zorder=0)
-        axis.set_yticks(range(rows), [name(row["group"]) for row in report["rows"]])
+        axis.set_yticks(range(rows), [title(row["group"]) for row in report["rows"]])
         axis.set_title(f"{report['b']}\nminus {report['a']}", fontsize="small")
         axis.set_xlabel("log-probability" if percent == 1 else "points")
     axes[0][0].invert_yaxis()

@@ -359,7 +359,7 @@ def test_runs_on_other_probes_are_compared_unpaired(tmp_path, capsys):
     b = write_run(tmp_path / "b", make_rows(2, 0, arabic=50, paired=30, lift=dict.fromkeys(LAYERS, 0.8)))
     found, text = report(capsys, tmp_path, "--unpaired", a, b)
     overall = found["rows"][-1]
-    assert overall["verdict"] == "improves" and (overall["units_a"], overall["units_b"]) == (60, 50)
+    assert overall["verdict"] == "higher" and (overall["units_a"], overall["units_b"]) == (60, 50)
     assert overall["p"] < 0.001 and 0 < overall["mde"] < 0.2 and overall["pairs"] is None
     expected = multipletests([row["p"] for row in found["rows"][:-1]], method="holm")[1]
     assert [row["p_adj"] for row in found["rows"][:-1]] == pytest.approx(expected.tolist())
