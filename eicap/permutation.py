@@ -241,7 +241,7 @@ def max_t(d: np.ndarray, draws: int, rng: np.random.Generator, ties: float = 1.0
     which no flip changes, keeps a sparse row from drowning in the others' spread. The largest T is compared with the
     flips' largest over all rows, the second with their largest over all rows but the first, and so on. Controls the
     chance of even one false positive. Exact by enumeration for 12 units or fewer, else Monte Carlo.
-    Westfall and Young (1993), Resampling-Based Multiple Testing, algorithm 2.8.
+    Westfall and Young (1993), Resampling-Based Multiple Testing, algorithm 4.1.
 
     Where the columns are several pairs of runs, common signs give each column its exact distribution and all of them
     the right covariances, but not their exact joint distribution: the adjustment is then asymptotic.

@@ -184,7 +184,8 @@ def show_samples(rows: list[dict], metric: str, labels: list[str]) -> str:
         [label, f"{r['units_a']}, {r['units_b']}", mean(r["acc_a"], metric), mean(r["acc_b"], metric)]
         for label, r in zip(labels, rows)
     ]
-    parts = [differences(rows, metric, first, ["all dialogues", "units A, B", "A", "B"])]
+    unit = "" if metric == "logprob" else " %"
+    parts = [differences(rows, metric, first, ["all dialogues", "units A, B", "A" + unit, "B" + unit])]
     linked = [[label, row["pairs"]] for label, row in zip(labels, rows) if row["pairs"]]
     if linked:
         lines = [["pairs only", "pairs", "B - A", "95 % interval", "p"]]

@@ -238,7 +238,7 @@ def test_holm_and_benjamini_hochberg_equal_statsmodels(rng):
 
 
 def step_down_by_definition(d: np.ndarray) -> np.ndarray:
-    """Westfall and Young's algorithm 2.8, row after row, over all sign vectors."""
+    """Step-down max-T, row after row, over all sign vectors."""
     root = np.sqrt((d**2).sum(0))
     t = np.array([[abs(column @ s) / r if r else 0 for column, r in zip(d.T, root)] for s in signs(len(d))])
     observed = t[-1]  # all signs kept
