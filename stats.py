@@ -33,6 +33,13 @@ def facets(text: str) -> list[str]:
     return names
 
 
+def seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError("must be 0 or more")
+    return value
+
+
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a folder that evaluate.py left")
@@ -61,7 +68,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "finding stays under 5 %%; bh: the share of false findings does",
     )
     parser.add_argument("--partial", action="store_true", help="take what unfinished runs have so far")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the draws (default: 0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw differences with intervals (needs matplotlib)")
     return parser.parse_args(argv)
@@ -102,7 +109,7 @@ def compare(args: argparse.Namespace) -> tuple[dict, str]:
     else:
         report = comparison.leaderboard(runs, *how)
         text = tables.leaderboard(report)
-    unfinished = [run.label for run in runs if not run.run.get("finished")]
+    unfinished = list(dict.fromkeys(run.label for run in runs if not run.run.get("finished")))
     if unfinished:
         text += f"\nunfinished, compared as far as they are: {', '.join(unfinished)}"
     return report | {"unfinished": unfinished}, text

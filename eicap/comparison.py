@@ -68,7 +68,7 @@ def common(runs: list[Run]) -> tuple[list[str], dict[str, list[str]]]:
 
 def _check_same_bench(a: Run, b: Run, shared: set[str]) -> None:
     for lang in sorted({a.rows[id]["lang"] for id in shared}):
-        if a.run["identity"].get("bench", {}).get(lang) != b.run["identity"].get("bench", {}).get(lang):
+        if a.run["identity"]["bench"].get(lang) != b.run["identity"]["bench"].get(lang):
             raise InputError(
                 f"{a.folder} and {b.folder}: the same probe ids, but the {lang} bench had other contents\n"
                 "Score both on the same bench files."
@@ -92,9 +92,9 @@ def settings_that_differ(runs: list[Run]) -> list[str]:
     """What else differs than the model: a line for each setting, for the table's footer."""
     lines = []
     for name in ("format", "rotations", "score", "prompts", "dtype"):
-        values = [run.run["identity"].get(name) for run in runs]
+        values = [str(run.run["identity"].get(name)) for run in runs]
         if len(set(values)) > 1:
-            shown = [f"{run.label}: {str(value)[:12]}" for run, value in zip(runs, values)]
+            shown = [f"{run.label}: {value[:12]}" for run, value in zip(runs, values)]
             lines.append(f"the runs differ in {name} too: {', '.join(shown)}")
     return lines
 

@@ -150,7 +150,7 @@ def _read_lines(
             raise InputError(f"{where}: not a row of results; --fresh starts over") from None
         try:
             check(row)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{where}: not a row of results ({why}); --fresh starts over") from None
     return found
@@ -165,6 +165,8 @@ def read_run_and_rows(folder: Path, partial: bool = False) -> tuple[dict, dict[s
     run = read_run(folder)
     if run is None:
         raise InputError(f"{folder}: no results here (no run.json); give a folder that evaluate.py made")
+    if not isinstance(run["identity"].get("bench"), dict):
+        raise InputError(f"{folder / 'run.json'}: does not say which bench was scored; run evaluate.py again")
     paths = [folder / "probes.jsonl"]
     if not run.get("finished"):
         if not partial:

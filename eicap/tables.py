@@ -109,10 +109,11 @@ def left_out(label: str, ids: list[str]) -> list[str]:
 def pair_footer(report: dict) -> list[str]:
     family, method = report["family"], ADJUSTMENTS[report["adjust"]]
     tested = [row for row in report["rows"] + report["contrasts"] if row["p"] is not None]
-    exact = all(row["p_se"] == 0 for row in tested)
+    error = max((row["p_se"] for row in tested), default=0)
+    how = f"exact, or {FLIPS:,} random flips, s.e. at most {error:.4f}" if error else "exact, by convolution"
     lines = [
         "p: two-sided, the signs of whole units flipped (a unit is a dialogue, or a dialogue and its pair in another",
-        f"   language); {'exact, by convolution' if exact else f'exact, or {FLIPS:,} random flips (s.e. in --json)'}",
+        f"   language); {how}",
         f"p adj.: {method} over {family} tests; the row over everything is by itself",
         f"interval: 95 %, percentile bootstrap over units, {BOOTSTRAPS:,} draws; none under {FEWEST} units",
         "found: the smallest true difference that a sample like this would show in 4 of 5 cases",
@@ -261,10 +262,8 @@ def plot(reports: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = len(reports[0]["rows"])
-    figure, axes = pyplot.subplots(
-        1, len(reports), figsize=(1.5 + 4 * len(reports), 1 + 0.35 * rows), sharey=True, squeeze=False
-    )
+    size = (1.5 + 4.5 * len(reports), 1 + 0.35 * max(len(report["rows"]) for report in reports))
+    figure, axes = pyplot.subplots(1, len(reports), figsize=size, squeeze=False)
     percent = 1 if reports[0]["metric"] == "logprob" else 100
     for axis, report in zip(axes[0], reports):
         for place, row in enumerate(report["rows"]):
@@ -274,10 +273,10 @@ def plot(reports: list[dict], path: Path) -> None:
                 percent * row["diff"], place, "o", color="black" if row["verdict"] != "not measurable" else "grey"
             )
         axis.axvline(0, color="lightgrey", zorder=0)
-        axis.set_yticks(range(rows), [title(row["group"]) for row in report["rows"]])
+        axis.set_yticks(range(len(report["rows"])), [title(row["group"]) for row in report["rows"]])
         axis.set_title(f"{report['b']}\nminus {report['a']}", fontsize="small")
+        axis.invert_yaxis()
         axis.set_xlabel("log-probability" if percent == 1 else "points")
-    axes[0][0].invert_yaxis()
     figure.tight_layout()
     try:
         figure.savefig(path)

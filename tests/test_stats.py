@@ -413,6 +413,7 @@ def test_a_folder_without_results(tmp_path, capsys):
     a = write_run(tmp_path / "a", make_rows(1))
     assert "no results here" in refused(capsys, tmp_path / "empty", a)
     assert "no results here" in refused(capsys, a, tmp_path / "nowhere")
+    assert "cannot be read" in refused(capsys, a, a / "probes.jsonl")
     (a / "probes.jsonl").unlink()
     assert "no row of results" in refused(capsys, a)
 
@@ -470,6 +471,7 @@ GARBLED = {
     "no orders": lambda row: json.dumps(row | {"orders": [], "logprobs": []}),
     "an order that is none": lambda row: json.dumps(row | {"orders": [[0, 0, 1, 2]]}),
     "answer beyond the options": lambda row: json.dumps(row | {"answer": 4}),
+    "a number too large": lambda row: json.dumps(row | {"logprobs": [[-(10**400), -1, -2, -3]]}),
     "culture as a list": lambda row: json.dumps(row | {"culture": ["gulf"]}),
 }
 
@@ -492,7 +494,7 @@ def test_a_cut_or_repeated_row_is_an_error(tmp_path, capsys):
     assert "line 201" in refused(capsys, a, b)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"identity": 3}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"identity": 3}', '{"identity": {"bench": 3}, "finished": true}'])
 def test_a_garbled_run_json(tmp_path, capsys, text):
     a = write_run(tmp_path / "a", make_rows(1))
     (a / "run.json").write_text(text)
@@ -521,7 +523,10 @@ def test_a_wrong_argument_is_a_clear_error(tmp_path, capsys, monkeypatch, argume
 
 
 @pytest.mark.parametrize("facets", ["colour", "layer,layer", "layer,lang,skill", ""])
-def test_an_unknown_facet_is_refused(facets, capsys):
+def test_an_unknown_facet_or_seed_is_refused(facets, capsys):
+    with pytest.raises(SystemExit):
+        run("a", "b", "--seed", "-1")
+    assert "0 or more" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         run("a", "b", "--by", facets)
     assert stopped.value.code == 2 and "layer" in capsys.readouterr().err
@@ -538,7 +543,7 @@ def test_bars_show_sign_and_interval():
 
 
 def test_the_plot_is_drawn_where_matplotlib_is_there(pair, tmp_path, monkeypatch, capsys):
-    assert run(*pair, "--plot", tmp_path / "out.png") == 0
+    assert run("--pairs", *pair, pair[0], pair[0], "--plot", tmp_path / "out.png") == 0
     assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
     assert "cannot be written" in refused(capsys, *pair, "--plot", tmp_path / "no" / "out.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
