@@ -299,24 +299,21 @@ def detectable(d: np.ndarray, n: np.ndarray, alpha: float, power: float = 0.8) -
     """The smallest true difference in accuracy that sign_flip would find at `alpha` with this power; inf where none.
 
     d, n: (units,) integers, differences and numbers of probes. The runs are taken to disagree as often as they were
-    seen to, the difference lying in who wins; where even winning every disagreement would not do, to disagree as
-    often as is needed, all one way. One probe a unit: exact over the binomial number of disagreements. More: the
-    convolution of sign_flip with biased signs, at the sizes |d_i| that were seen.
+    seen to, or, where winning every disagreement would not do, as often as is needed. One probe a unit: exact over
+    the binomial number of disagreements. More: the convolution of sign_flip with biased signs, at the sizes |d_i|
+    that were seen; of units that hardly ever disagree, at most one probe is taken to change.
     """
     d, n = d[n > 0], n[n > 0]
     needed = 1 + math.ceil(math.log2(1 / alpha))  # p = 2^(1 - units) where all differ, and one way
+    seen = np.count_nonzero(d)
     if len(n) < needed:
         return math.inf
-    if n.max() == 1:
-        rate = np.count_nonzero(d) / len(d)
-        return _smallest(lambda x: _power_one_probe(len(d), rate, x, alpha), power)
-    size = np.abs(d).sum() / n.sum()
-    missing = needed - np.count_nonzero(d)
-    if missing > 0:
-        return size + missing / n.sum()
+    if n.max() == 1 or seen < needed:
+        changed = _smallest(lambda x: _power_one_probe(len(d), seen / len(d), x, alpha), power)
+        return changed * len(d) / n.sum()
     reached = _rejected(flip_distribution(d), alpha)
     bias = _smallest(lambda x: flip_distribution(d, (1 + x) / 2)[reached].sum(), power)
-    return _on_top(size * bias, d, n)
+    return _on_top(bias * np.abs(d).sum() / n.sum(), d, n)
 
 
 def detectable_real(d: np.ndarray, n: np.ndarray, alpha: float, power: float = 0.8) -> float:

@@ -263,7 +263,7 @@ def plot(reports: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     size = (1.5 + 4.5 * len(reports), 1 + 0.35 * max(len(report["rows"]) for report in reports))
-    figure, axes = pyplot.subplots(1, len(reports), figsize=size, squeeze=False)
+    figure, axes = pyplot.subplots(1, len(reports), figsize=size, sharex=True, squeeze=False)
     percent = 1 if reports[0]["metric"] == "logprob" else 100
     for axis, report in zip(axes[0], reports):
         for place, row in enumerate(report["rows"]):

@@ -346,6 +346,13 @@ def test_detectable_says_where_no_difference_would_do(probes):
         assert math.isfinite(found) == possible and (not possible or 0 < found <= 1)
 
 
+def test_detectable_of_units_that_hardly_disagree_changes_one_probe_of_each(rng):
+    d = np.zeros(60, int)
+    d[:3] = [1, -2, 1]
+    one = tests.detectable(np.sign(d), np.ones(60, int), 0.05)
+    assert tests.detectable(d, np.full(60, 4), 0.05) == pytest.approx(one / 4)
+
+
 def test_detectable_shrinks_with_the_sample_and_grows_with_the_family(rng):
     d = rng.integers(-2, 3, 800)
     n = np.full(800, 4)
