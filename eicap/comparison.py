@@ -70,7 +70,7 @@ def _check_same_bench(a: Run, b: Run, shared: set[str]) -> None:
     for lang in sorted({a.rows[id]["lang"] for id in shared}):
         if a.run["identity"]["bench"].get(lang) != b.run["identity"]["bench"].get(lang):
             raise InputError(
-                f"{a.folder} and {b.folder}: the same probe ids, but the {lang} bench had other contents\n"
+                f"{a.folder} and {b.folder}: same probe ids, other bench contents ({lang}, by fingerprint)\n"
                 "Score both on the same bench files."
             )
     for id in shared:

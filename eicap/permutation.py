@@ -198,8 +198,9 @@ def above_chance(correct: np.ndarray, chance: np.ndarray, ties: float = 1.0) -> 
     correct: (probes,) booleans; chance: (probes,) 1 / number of options.
     Null: each probe's key is uniform over its options, independent of other keys and of the predictions. Then each
     prediction is right with probability `chance` whatever made it, a taste for some letter or a text shared by
-    many probes included: it is the keys that are exchanged, not the predictions. That rests on the bench: keys
-    that stand more often in one place, or in the longest option, can be found without knowing anything.
+    many probes included: it is the keys that are exchanged, not the predictions. That rests on the bench. Keys that
+    stand more often in one place can be met by a favourite letter (not by predictions averaged over rotations, where
+    every option has stood in every place), and keys that are often the longest option by a taste for long ones.
     """
     pmf = np.ones(1)
     for p, count in zip(*np.unique(chance, return_counts=True)):

@@ -439,7 +439,7 @@ def test_no_common_probes(tmp_path, capsys):
 def test_other_contents_under_the_same_ids(tmp_path, capsys):
     a = write_run(tmp_path / "a", make_rows(1))
     b = write_run(tmp_path / "b", make_rows(2), bench={"en": "f" * 64, "ar": "a" * 64})
-    assert "other contents" in refused(capsys, a, b) and "other contents" in refused(capsys, a, a, b)
+    assert "other bench contents" in refused(capsys, a, b) and "other bench contents" in refused(capsys, a, a, b)
     c = write_run(tmp_path / "c", make_rows(2), bench={"en": "e" * 64, "ar": "f" * 64})  # Arabic is not compared
     assert run(a, c) == 0
 
