@@ -144,8 +144,7 @@ def ratio_moments(sums: np.ndarray, units: int) -> tuple[np.ndarray, np.ndarray]
     """
     y, n, yy, yn, nn = np.moveaxis(sums, -1, 0)
     r = y / n
-    squares = np.maximum(yy - 2 * r * yn + r * r * nn, 0)
-    squares = np.where(squares <= ROUNDING * yy, 0, squares)
+    squares = np.maximum(yy - 2 * r * yn + r * r * nn, 0)  # rounding can give -1e-16
     return r, units / (units - 1) * squares / n**2
 
 
@@ -307,8 +306,6 @@ def detectable(d: np.ndarray, n: np.ndarray, alpha: float, power: float = 0.8) -
     d, n = d[n > 0], n[n > 0]
     needed = 1 + math.ceil(math.log2(1 / alpha))  # p = 2^(1 - units) where all differ, and one way
     seen = np.count_nonzero(d)
-    if len(n) < needed:
-        return math.inf
     if n.max() == 1 or seen < needed:
         changed = _smallest(lambda x: _power_one_probe(len(d), seen / len(d), x, alpha), power)
         return changed * len(d) / n.sum()

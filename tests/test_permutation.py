@@ -206,6 +206,11 @@ def test_exchange_without_any_spread_is_no_error(rng, y_b, expected):
     assert p == pytest.approx(expected, abs=4 * error + TINY)
 
 
+def test_exchange_counts_the_observed_arrangement_as_a_draw(rng):
+    y, is_b = np.concatenate([rng.normal(0, 1, 40), rng.normal(9, 1, 40)]), np.arange(80) >= 40
+    assert tests.exchange(y, np.ones(80), is_b, 99, rng)[0] == 1 / 100
+
+
 # Chance
 
 
@@ -351,6 +356,8 @@ def test_detectable_of_units_that_hardly_disagree_changes_one_probe_of_each(rng)
     d[:3] = [1, -2, 1]
     one = tests.detectable(np.sign(d), np.ones(60, int), 0.05)
     assert tests.detectable(d, np.full(60, 4), 0.05) == pytest.approx(one / 4)
+    d[:5] = 1  # still one unit too few
+    assert tests.detectable(d, np.full(60, 4), 0.05) < 0.05
 
 
 def test_detectable_shrinks_with_the_sample_and_grows_with_the_family(rng):
