@@ -206,6 +206,12 @@ def test_exchange_without_any_spread_is_no_error(rng, y_b, expected):
     assert p == pytest.approx(expected, abs=4 * error + TINY)
 
 
+def test_equal_shares_have_no_spread_whatever_the_rounding():
+    n = np.array([41, 82, 123])
+    for hits in range(1, 41):
+        assert tests.ratio_mean(n // 41 * hits, n) == pytest.approx((hits / 41, 0), abs=1e-7)
+
+
 def test_exchange_counts_the_observed_arrangement_as_a_draw(rng):
     y, is_b = np.concatenate([rng.normal(0, 1, 40), rng.normal(9, 1, 40)]), np.arange(80) >= 40
     assert tests.exchange(y, np.ones(80), is_b, 99, rng)[0] == 1 / 100

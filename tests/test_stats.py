@@ -165,18 +165,23 @@ def test_only_the_changed_layer_stands_out_in_the_contrasts(pair, capsys, tmp_pa
     assert [row["contrast"] for row in by_lang["contrasts"]] == ["ar minus en"]
 
 
-def test_an_exact_contrast_agrees_with_scipy(pair, capsys, tmp_path):
-    found, _ = report(capsys, tmp_path, *pair)
-    row = next(row for row in found["contrasts"] if row["contrast"] == "value minus the others")
-    z = {}
-    for x, y in zip(rows_of(pair[0]), rows_of(pair[1])):
-        name = x["dialogue"][3:] if x["pair"] else x["dialogue"]
-        weight = 1 if x["layer"] == "value" else -0.25
-        z[name] = z.get(name, 0) + weight * (int(y["correct"]) - int(x["correct"]))
-    theirs = scipy_stats.permutation_test(
-        (list(z.values()),), np.sum, permutation_type="samples", n_resamples=20_000, rng=1, vectorized=True
-    ).pvalue
-    assert row["p"] == pytest.approx(theirs, abs=0.015) and row["p_se"] == 0
+def exactly(d) -> float:
+    """scipy's p-value by full enumeration."""
+    return scipy_stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=2 ** len(d)).pvalue
+
+
+def test_a_contrast_of_rows_of_unequal_size_equals_enumeration(tmp_path, capsys):
+    keep = [i for i in range(11 * 5) if i not in (2, 7, 14, 19)]
+    a, b = ([make_rows(seed, 11)[i] for i in keep] for seed in (1, 2))
+    found, _ = report(capsys, tmp_path, write_run(tmp_path / "a", a), write_run(tmp_path / "b", b))
+    sizes = {layer: sum(row["layer"] == layer for row in a) for layer in LAYERS}
+    for layer, contrast in zip(LAYERS, found["contrasts"]):
+        z = {}
+        for x, y in zip(a, b):
+            weight = (1 if x["layer"] == layer else -0.25) / sizes[x["layer"]]
+            z[x["dialogue"]] = z.get(x["dialogue"], 0) + weight * (int(y["correct"]) - int(x["correct"]))
+        whole = np.rint(np.array(list(z.values())) * 4 * 11 * 9)  # sizes are 11 and 9
+        assert contrast["p"] == pytest.approx(exactly(whole), abs=1e-12) and contrast["p_se"] == 0
 
 
 def test_crossing_with_languages_contrasts_them_layer_by_layer(pair, capsys, tmp_path):
@@ -199,6 +204,7 @@ def test_subcategories_are_described_only(pair, capsys, tmp_path):
     found, text = report(capsys, tmp_path, *pair, "--by", "subcategory")
     assert all(row["p"] is None and row["p_adj"] is None and row["verdict"] is None for row in found["rows"][:-1])
     assert found["rows"][-1]["p"] is not None and "described only" in text
+    assert [row["contrast"] for row in found["contrasts"]] == ["ar minus en"]
 
 
 def test_plain_and_rotated_correctness_are_different_metrics(tmp_path, capsys):
@@ -348,10 +354,16 @@ def test_languages_of_a_run_are_compared_on_pairs_first_then_on_everything(pair,
 
 
 def test_pairs_of_unequal_length_weigh_each_dialogues_mean():
-    a = [make_row("en-0", i, i == 0, pair="ar-0") for i in range(2)] + [make_row("en-1", 0, True, pair="ar-1")]
-    b = [make_row("ar-0", i, i < 2, pair="en-0") for i in range(3)] + [make_row("ar-1", 0, False, pair="en-1")]
+    rng = np.random.default_rng(3)
+    a, b, means = [], [], []
+    for k in range(10):
+        right = rng.random(2 + k % 2) < 0.4, rng.random(3) < 0.7
+        a += [make_row(f"en-{k}", i, bool(hit), pair=f"ar-{k}") for i, hit in enumerate(right[0])]
+        b += [make_row(f"ar-{k}", i, bool(hit), pair=f"en-{k}") for i, hit in enumerate(right[1])]
+        means.append(right[1].mean() - right[0].mean())
     found = comparison.linked_pairs(a, b, "correct", np.random.default_rng(0))
-    assert found["diff"] == pytest.approx(((2 / 3 - 1 / 2) + (0 - 1)) / 2) and found["p"] == 1 and found["p_se"] == 0
+    assert found["diff"] == pytest.approx(np.mean(means)) and found["pairs"] == 10
+    assert found["p"] == pytest.approx(exactly(np.rint(6 * np.array(means))), abs=1e-12)
 
 
 def test_runs_on_other_probes_are_compared_unpaired(tmp_path, capsys):
