@@ -120,6 +120,7 @@ def test_the_paired_table_is_what_it_says(pair, capsys, tmp_path):
         assert row["diff"] == pytest.approx(row["acc_b"] - row["acc_a"])
         assert row["b_only"] - row["a_only"] == round(row["diff"] * len(mine))
         assert row["ci"][0] < row["diff"] < row["ci"][1] and 0 < row["mde"] <= row["mde_rows"] < 1
+        assert (row["mde"] == row["mde_rows"]) == (not row["group"])  # the last row stands by itself
     verdicts = {row["group"].get("layer"): row["verdict"] for row in found["rows"]}
     assert verdicts["appraisal"] == "improves" and verdicts["value"] == "no difference found"
     assert "improves" in text and "●" in text and "another training seed" in text
@@ -552,6 +553,10 @@ def test_bars_show_sign_and_interval():
     assert tables.bar({"diff": 0.10, "ci": [0.05, 0.15]}, 0.2) == "          │ ───●───  "
     assert tables.bar({"diff": -0.12, "ci": [-0.24, 0.06]}, 0.3) == "  ────●───┼──        "
     assert tables.bar({"diff": 0.0, "ci": None}, 0.1) == " " * 10 + "●" + " " * 10
+
+
+def test_small_p_values_are_not_written_as_zero():
+    assert [tables.p_value(p) for p in (None, 0.0, 9e-5, 1e-4, 0.4)] == ["", "<0.0001", "<0.0001", "0.0001", "0.4000"]
 
 
 def test_the_plot_is_drawn_where_matplotlib_is_there(pair, tmp_path, monkeypatch, capsys):
