@@ -10,9 +10,12 @@ Imports no torch, so that whoever only reads results starts at once.
 
 import fcntl
 import json
+import math
 import os
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from eicap import InputError
@@ -115,11 +118,13 @@ class Part:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a probes.jsonl. InputError with file and line for one that is garbled."""
-    return [json.loads(line) for line in _read_lines(path, tail_may_be_cut=False).values()]
+    return [row for _, row in _read_lines(path, tail_may_be_cut=False).values()]
 
 
-def _read_lines(path: Path, tail_may_be_cut: bool) -> dict[str, str]:
-    """Probe id -> line as written. The last line of a part file may be cut, and is then left out."""
+def _read_lines(
+    path: Path, tail_may_be_cut: bool, check: Callable[[dict], None] = lambda row: None
+) -> dict[str, tuple[str, dict]]:
+    """Probe id -> line as written, and the row in it. The last line of a part file may be cut, and is then left out."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -131,15 +136,75 @@ def _read_lines(path: Path, tail_may_be_cut: bool) -> dict[str, str]:
     if tail and not tail_may_be_cut:
         raise InputError(f"{path}, line {len(lines) + 1}: the line is cut; --fresh starts over")
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
             text = line.decode("utf-8")
             row = json.loads(text)
-            found[row["id"]] = text
-        except (ValueError, KeyError, TypeError):
+            if row["id"] in found and not tail_may_be_cut:
+                raise ValueError
+            found[row["id"]] = text, row
+        except (ValueError, KeyError, TypeError, RecursionError):
             if tail_may_be_cut:  # a cut line, and then another after a restart
                 continue
-            raise InputError(f"{path}, line {number}: not a row of results; --fresh starts over") from None
+            raise InputError(f"{where}: not a row of results; --fresh starts over") from None
+        try:
+            check(row)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            why = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise InputError(f"{where}: not a row of results ({why}); --fresh starts over") from None
     return found
+
+
+def read_run_and_rows(folder: Path, partial: bool = False) -> tuple[dict, dict[str, dict]]:
+    """A run's run.json and its rows by probe id, each row checked; for whoever compares runs.
+
+    partial: take what an unfinished run has so far. InputError where there is no run, it is unfinished, or a row
+    is garbled.
+    """
+    run = read_run(folder)
+    if run is None:
+        raise InputError(f"{folder}: no results here (no run.json); give a folder that evaluate.py made")
+    if not isinstance(run["identity"].get("bench"), dict):
+        raise InputError(f"{folder / 'run.json'}: does not say which bench was scored; run evaluate.py again")
+    paths = [folder / "probes.jsonl"]
+    if not run.get("finished"):
+        if not partial:
+            command = shlex.join(["python", *map(str, run.get("command", ["evaluate.py"]))])
+            raise InputError(
+                f"{folder}: this run is unfinished; --partial takes what is there, and this completes it:\n{command}"
+            )
+        paths += sorted(folder.glob("part-*.jsonl"))
+    rows = {}
+    for path in paths:
+        lines = _read_lines(path, tail_may_be_cut=path.name != "probes.jsonl", check=_check_row)
+        rows |= {id: row for id, (_, row) in lines.items()}
+    if not rows:
+        raise InputError(f"{folder}: no row of results in it; run evaluate.py again")
+    return run, rows
+
+
+def _check_row(row: dict) -> None:
+    """ValueError that says what is wrong with a row."""
+    for name in ("id", "dialogue", "lang", "layer", "skill"):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{name} is not a string")
+    for name in ("subcategory", "culture", "pair"):
+        if not isinstance(row.get(name), str | None):
+            raise ValueError(f"{name} is neither a string nor null")
+    orders, logprobs, answer = row["orders"], row["logprobs"], row["answer"]
+    options = len(orders[0]) if orders else 0
+    every = list(range(options))
+    if options < 2 or any(sorted(order) != every for order in orders):
+        raise ValueError("orders are not permutations of the options")
+    if [len(values) for values in logprobs] != [options] * len(orders):
+        raise ValueError("logprobs do not match orders")
+    if not all(map(math.isfinite, chain.from_iterable(logprobs))):
+        raise ValueError("a log-probability is not a finite number")
+    if type(answer) is not int or not 0 <= answer < options:
+        raise ValueError("answer is none of the options")
+    for choice, correct in (("pred", "correct"), ("pred_plain", "correct_plain")):
+        if row[correct] is not (row[choice] == answer):
+            raise ValueError(f"{correct} does not follow from {choice} and answer")
 
 
 def merge(folder: Path, dialogues: Iterable[tuple[str, list[str]]]) -> set[str]:
@@ -154,7 +219,7 @@ def merge(folder: Path, dialogues: Iterable[tuple[str, list[str]]]) -> set[str]:
         lines = _read_lines(part, tail_may_be_cut=True) | lines
     done = {dialogue: probes for dialogue, probes in dialogues if all(probe in lines for probe in probes)}
     if parts:
-        _write(path, "".join(lines[probe] + "\n" for probes in done.values() for probe in probes))
+        _write(path, "".join(lines[probe][0] + "\n" for probes in done.values() for probe in probes))
         for part in parts:
             part.unlink(missing_ok=True)
     return set(done)
