@@ -120,9 +120,6 @@ def _drop(x, kept, rate):
 
 def project(linears, make, *inputs):
     """model.project for layers of which some are LoRALinear: the same values, less to keep for the backward pass."""
-    if not torch.is_grad_enabled():
-        x = make(*inputs)
-        return [linear(x) for linear in linears]
     adapted = [linear for linear in linears if isinstance(linear, LoRALinear)]
     matrices = [matrix for linear in adapted for matrix in (linear.lora_A, linear.lora_B)]
     return _Project.apply(linears, make, len(inputs), *inputs, *matrices)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from eicap import InputError
 from eicap.comparison import BOOTSTRAPS, EXCHANGES, FEWEST, FLIPS, title
+from eicap.report import pyplot
 
 BAR = 21  # characters, zero in the middle
 ADJUSTMENTS = {"holm": "Holm", "bh": "Benjamini-Hochberg", "maxt": "step-down max-T"}
@@ -255,15 +256,8 @@ def leaderboard(report: dict) -> str:
 
 def plot(reports: list[dict], path: Path) -> None:
     """Differences with their intervals, a panel a pair."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--plot needs matplotlib, which is not installed: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     size = (1.5 + 4.5 * len(reports), 1 + 0.35 * max(len(report["rows"]) for report in reports))
-    figure, axes = pyplot.subplots(1, len(reports), figsize=size, sharex=True, squeeze=False)
+    figure, axes = pyplot().subplots(1, len(reports), figsize=size, sharex=True, squeeze=False)
     percent = 1 if reports[0]["metric"] == "logprob" else 100
     for axis, report in zip(axes[0], reports):
         for place, row in enumerate(report["rows"]):
