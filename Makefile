@@ -21,6 +21,8 @@ format: $(VENV)/dev
 
 bench: $(VENV)/dev
 	$(BIN)/python benchmarks/score.py
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/stats.py
 
 $(VENV)/runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

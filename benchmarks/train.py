@@ -4,10 +4,10 @@
     python benchmarks/train.py --dialogues 60        all of them
 
 Each program runs in a process of its own, one after the other: float32 SmolLM2-135M-Instruct, rank 16 on all seven
-matrices, AdamW, the same shuffled dialogues of mixed length. Ours packs about 2,048 tokens into a step; the other pads
-four dialogues to the longest of them. The learning rate is zero, so that all programs must find the same loss. What is
-timed are whole steps (forward, backward, clipping, update) after one that is not timed; what is counted are tokens of
-dialogues, not of padding. Needs requirements-dev.txt.
+matrices, AdamW, the same shuffled dialogues of mixed length. Ours packs about 2,048 tokens into a step; `peft` pads
+four dialogues to the longest of them; `peft_single` takes one at a time, without padding. The learning rate is zero,
+so that all programs must find the same loss. What is timed are whole steps (forward, backward, clipping, update)
+after one that is not timed; what is counted are tokens of dialogues, not of padding. Needs requirements-dev.txt.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def ours_checkpointing(folder: Path, count: int, adapter: Path) -> dict:
     return ours(folder, count, adapter, checkpointing=True)
 
 
-def peft(folder: Path, count: int, adapter: Path) -> dict:
+def peft(folder: Path, count: int, adapter: Path, size: int = 4) -> dict:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -97,20 +97,24 @@ def peft(folder: Path, count: int, adapter: Path) -> dict:
     model = PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def step(four):
-        longest = max(map(len, four))
-        ids = torch.tensor([e.ids + [0] * (longest - len(e)) for e in four])
-        mask = torch.tensor([[1] * len(e) + [0] * (longest - len(e)) for e in four])
-        labels = [[t if c else -100 for t, c in zip(e.ids, e.loss)] + [-100] * (longest - len(e)) for e in four]
+    def step(few):
+        longest = max(map(len, few))
+        ids = torch.tensor([e.ids + [0] * (longest - len(e)) for e in few])
+        mask = torch.tensor([[1] * len(e) + [0] * (longest - len(e)) for e in few])
+        labels = [[t if c else -100 for t, c in zip(e.ids, e.loss)] + [-100] * (longest - len(e)) for e in few]
         loss = model(input_ids=ids, attention_mask=mask, labels=torch.tensor(labels)).loss
         loss.backward()
-        targets = sum(map(sum, (e.loss for e in four)))
-        return loss.item() * targets, targets, sum(map(len, four))
+        targets = sum(map(sum, (e.loss for e in few)))
+        return loss.item() * targets, targets, sum(map(len, few))
 
-    return timed(step, [read[i : i + 4] for i in range(0, count, 4)], parameters)
+    return timed(step, [read[i : i + size] for i in range(0, count, size)], parameters)
 
 
-PROGRAMS = {f.__name__: f for f in (ours, ours_checkpointing, peft)}
+def peft_single(folder: Path, count: int, adapter: Path) -> dict:
+    return peft(folder, count, adapter, size=1)
+
+
+PROGRAMS = {f.__name__: f for f in (ours, ours_checkpointing, peft, peft_single)}
 
 
 def make_adapter(folder: Path, out: Path) -> None:
@@ -136,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", default=checkpoint.DEMO)
     parser.add_argument("--dialogues", type=int, default=24)
-    parser.add_argument("--programs", default="ours,ours_checkpointing,peft", help="which, in this order")
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="which, in this order")
     parser.add_argument("--only", choices=PROGRAMS, help=argparse.SUPPRESS)
     parser.add_argument("--adapter", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--answer", help=argparse.SUPPRESS)
@@ -157,12 +161,11 @@ def main() -> None:
             if "share" in answer:
                 line += f"   {answer['share']:.0%} of {answer['rate']:.0f} GFLOP/s, the process's own matrix rate"
             print(line, flush=True)
-    rival = answers.pop("peft", None)
-    for program, answer in answers.items() if rival else ():
-        speed = rival["seconds"] / rival["tokens"] * answer["tokens"] / answer["seconds"]
-        print(
-            f"{program}: {speed:.2f} x the tokens/s of peft in {answer['memory'] / rival['memory']:.2f} of its memory"
-        )
+    rivals = [program for program in answers if program.startswith("peft")]
+    for program, rival in itertools.product([p for p in answers if p not in rivals], rivals):
+        a, b = answers[program], answers[rival]
+        speed = b["seconds"] / b["tokens"] * a["tokens"] / a["seconds"]
+        print(f"{program}: {speed:.2f} x the tokens/s of {rival} in {a['memory'] / b['memory']:.2f} of its memory")
 
 
 if __name__ == "__main__":
