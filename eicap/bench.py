@@ -3,10 +3,15 @@
 A bench file is JSON Lines, one dialogue a line (the schema is in data/README.md). A probe shows the turns
 before `after` and asks a question with 2 to 26 options, one of which is right. Layers, skills and
 subcategories are those of data/taxonomy.json; a bench of your own may name others.
+
+    python -m eicap.bench check my.jsonl        everything that is wrong with a file, or what it holds
 """
 
+import argparse
 import hashlib
 import json
+import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -39,101 +44,150 @@ class Dialogue:
     probes: tuple[Probe, ...]
 
 
-class _Problem(ValueError):
-    """What is wrong with one field."""
+class _Fields:
+    """An object of the file, read field by field. What is wrong with it is added to `problems`, and read as None."""
+
+    def __init__(self, item: dict, where: str, problems: list[str]):
+        self.item, self.where, self.problems = item, where, problems
+
+    def wrong(self, what: str) -> None:
+        self.problems.append(self.where + what)
+
+    def text(self, name: str, text: str) -> None:
+        """Note what is wrong with a text: neither empty, nor something that UTF-8 cannot write."""
+        if not text.strip():
+            self.wrong(f"{name} is empty")
+        elif any("\ud800" <= character <= "\udfff" for character in text):  # JSON can write them
+            self.wrong(f"{name} holds half a surrogate pair")
+
+    def get(self, name: str, kind: type, optional: bool = False):
+        value = self.item.get(name)
+        if value is None and optional:
+            return None
+        if name not in self.item:
+            self.wrong(f"{name} is missing")
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            kinds = {str: "a string", int: "a whole number", list: "a list"}
+            self.wrong(f"{name} is not {kinds[kind]}")
+        else:
+            if kind is str:
+                self.text(name, value)
+            return value
+
+    def objects(self, name: str, label: str) -> list["_Fields"]:
+        """A list of objects; where each is: its label and number, or its probe's id."""
+        values = self.get(name, list)
+        if values is None:
+            return []
+        if not values or not all(isinstance(value, dict) for value in values):
+            self.wrong(f"{name} must be a list of one or more objects")
+            return []
+        names = [value.get("id", i) if label == "probe" else i for i, value in enumerate(values)]
+        return [_Fields(value, f"{label} {i}: ", self.problems) for i, value in zip(names, values)]
 
 
-def _field(item: dict, name: str, kind: type, optional: bool = False):
-    """item[name], checked: strings are not empty, optional ones may be missing or null."""
-    value = item.get(name)
-    if value is None and optional:
-        return None
-    if name not in item:
-        raise _Problem(f"{name} is missing")
-    if not isinstance(value, kind) or isinstance(value, bool):
-        kinds = {str: "a string", int: "a whole number", list: "a list"}
-        raise _Problem(f"{name} is not {kinds[kind]}")
-    if kind is str:
-        _check_text(name, value)
-    return value
+def _turn(turn: _Fields) -> tuple[str, str]:
+    role, content = turn.get("role", str), turn.get("content", str)
+    if role and role not in ("user", "assistant"):
+        turn.wrong("role is neither user nor assistant")
+    return role, content
 
 
-def _check_text(name: str, text: str) -> None:
-    if not text.strip():
-        raise _Problem(f"{name} is empty")
-    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can write them, UTF-8 cannot
-        raise _Problem(f"{name} holds half a surrogate pair")
-
-
-def _objects(item: dict, name: str) -> list[dict]:
-    values = _field(item, name, list)
-    if not values or not all(isinstance(value, dict) for value in values):
-        raise _Problem(f"{name} must be a list of one or more objects")
-    return values
-
-
-def _probe(item: dict, turns: int) -> Probe:
-    after, answer = _field(item, "after", int), _field(item, "answer", int)
-    options = _field(item, "options", list)
-    if not 2 <= len(options) <= len(LETTERS):
-        raise _Problem(f"{len(options)} option{'s' * (len(options) != 1)}, where 2 to {len(LETTERS)} are expected")
-    for i, option in enumerate(options):
-        if not isinstance(option, str):
-            raise _Problem(f"option {i} is not a string")
-        _check_text(f"option {i}", option)
-    if not 1 <= after <= turns:
-        raise _Problem(f"after is {after}, but the dialogue has {turns} turns")
-    if not 0 <= answer < len(options):
-        raise _Problem(f"answer is {answer}, but there are {len(options)} options")
-    depends_on = _field(item, "depends_on", list, optional=True) or []
-    if not all(type(turn) is int and 0 <= turn < after for turn in depends_on):
-        raise _Problem(f"depends_on must name turns from 0 to {after - 1}")
+def _probe(probe: _Fields, turns: int) -> Probe:
+    after, answer = probe.get("after", int), probe.get("answer", int)
+    options, depends_on = probe.get("options", list), probe.get("depends_on", list, optional=True)
+    if options is not None:
+        if not 2 <= len(options) <= len(LETTERS):
+            plural = "s" * (len(options) != 1)
+            probe.wrong(f"{len(options)} option{plural}, where 2 to {len(LETTERS)} are expected")
+        for i, option in enumerate(options):
+            if not isinstance(option, str):
+                probe.wrong(f"option {i} is not a string")
+            elif option in options[:i]:
+                probe.wrong(f"option {i} repeats option {options.index(option)}")
+            else:
+                probe.text(f"option {i}", option)
+        if answer is not None and not 0 <= answer < len(options):
+            probe.wrong(f"answer is {answer}, but there are {len(options)} options")
+    if after is not None:
+        if turns and not 1 <= after <= turns:
+            probe.wrong(f"after is {after}, but the dialogue has {turns} turns")
+        elif not all(type(turn) is int and 0 <= turn < after for turn in depends_on or []):
+            probe.wrong(f"depends_on must name turns from 0 to {after - 1}")
     return Probe(
-        id=_field(item, "id", str),
+        id=probe.get("id", str),
         after=after,
-        layer=_field(item, "layer", str),
-        skill=_field(item, "skill", str),
-        subcategory=_field(item, "subcategory", str, optional=True),
-        question=_field(item, "question", str),
-        options=tuple(options),
+        layer=probe.get("layer", str),
+        skill=probe.get("skill", str),
+        subcategory=probe.get("subcategory", str, optional=True),
+        question=probe.get("question", str),
+        options=tuple(options or ()),
         answer=answer,
-        depends_on=tuple(depends_on),
+        depends_on=tuple(depends_on or ()),
     )
+
+
+def _parse(line: bytes) -> tuple[Dialogue | None, list[str]]:
+    """One line of a bench file, and everything that is wrong with it."""
+    try:
+        item = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return None, [f"not UTF-8 (byte {error.start} of the line); save the file as UTF-8"]
+    except json.JSONDecodeError as error:
+        return None, [f"not valid JSON ({error})"]
+    except RecursionError:
+        return None, ["nested too deeply"]
+    if not isinstance(item, dict):
+        return None, ["a JSON object is expected"]
+    problems = []
+    fields = _Fields(item, "", problems)
+    turns = [_turn(turn) for turn in fields.objects("turns", "turn")]
+    dialogue = Dialogue(
+        id=fields.get("id", str),
+        lang=fields.get("lang", str),
+        culture=fields.get("culture", str, optional=True),
+        topic=fields.get("topic", str, optional=True),
+        pair=fields.get("pair", str, optional=True),
+        turns=tuple(turns),
+        probes=tuple(_probe(probe, len(turns)) for probe in fields.objects("probes", "probe")),
+    )
+    return dialogue, problems
 
 
 def parse(line: str) -> Dialogue:
-    """One line of a bench file. Raises ValueError that says which field is wrong."""
-    try:
-        item = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise _Problem(f"not valid JSON ({error})") from None
-    except RecursionError:
-        raise _Problem("nested too deeply") from None
-    if not isinstance(item, dict):
-        raise _Problem("a JSON object is expected")
-    turns = []
-    for i, turn in enumerate(_objects(item, "turns")):
+    """One line of a bench file. Raises ValueError that says what is wrong first."""
+    dialogue, problems = _parse(line.encode("utf-8", "surrogatepass"))
+    if problems:
+        raise ValueError(problems[0])
+    return dialogue
+
+
+def _read(path: Path) -> tuple[list[Dialogue], list[str]]:
+    """All dialogues of a file or folder, and everything that is wrong with it, by file and line."""
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path}: no *.jsonl file in this folder")
+    dialogues, problems, seen = [], [], {}
+    for file in files:
         try:
-            turns.append((_field(turn, "role", str), _field(turn, "content", str)))
-            if turns[-1][0] not in ("user", "assistant"):
-                raise _Problem("role is neither user nor assistant")
-        except _Problem as problem:
-            raise _Problem(f"turn {i}: {problem}") from None
-    probes = []
-    for i, probe in enumerate(_objects(item, "probes")):
-        try:
-            probes.append(_probe(probe, len(turns)))
-        except _Problem as problem:
-            raise _Problem(f"probe {probe.get('id', i)}: {problem}") from None
-    return Dialogue(
-        id=_field(item, "id", str),
-        lang=_field(item, "lang", str),
-        culture=_field(item, "culture", str, optional=True),
-        topic=_field(item, "topic", str, optional=True),
-        pair=_field(item, "pair", str, optional=True),
-        turns=tuple(turns),
-        probes=tuple(probes),
-    )
+            lines = file.read_bytes().split(b"\n")
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror}); give a bench file or folder") from None
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            dialogue, wrong = _parse(line)
+            where = f"{file}, line {number}"
+            if dialogue:
+                dialogues.append(dialogue)
+                for kind, id in [("dialogue", dialogue.id), *(("probe", probe.id) for probe in dialogue.probes)]:
+                    if id and (kind, id) in seen:
+                        wrong.append(f"{kind} id {id} is already used in {seen[kind, id]}")
+                    seen.setdefault((kind, id), where)
+            problems += [f"{where}: {what}" for what in wrong]
+    if not dialogues and not problems:
+        raise InputError(f"{path}: no dialogue in it")
+    return dialogues, problems
 
 
 def read(path: Path) -> list[Dialogue]:
@@ -141,36 +195,10 @@ def read(path: Path) -> list[Dialogue]:
 
     Raises InputError with file and line for the first thing that is wrong.
     """
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"{path}: no *.jsonl file in this folder")
-    dialogues, seen = [], {}
-    for file in files:
-        for number, line in enumerate(_lines(file), start=1):
-            if not line.strip():
-                continue
-            try:
-                dialogue = parse(line)
-            except ValueError as problem:
-                raise InputError(f"{file}, line {number}: {problem}") from None
-            for id in (("dialogue", dialogue.id), *(("probe", probe.id) for probe in dialogue.probes)):
-                if id in seen:
-                    raise InputError(f"{file}, line {number}: {id[0]} id {id[1]} is already used in {seen[id]}")
-                seen[id] = f"{file}, line {number}"
-            dialogues.append(dialogue)
-    if not dialogues:
-        raise InputError(f"{path}: no dialogue in it")
+    dialogues, problems = _read(path)
+    if problems:
+        raise InputError(problems[0])
     return dialogues
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_bytes().decode("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        line = file.read_bytes()[: error.start].count(b"\n") + 1
-        raise InputError(f"{file}, line {line}: not UTF-8 (byte {error.start}); save the file as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}); give a bench file or folder") from None
 
 
 def fingerprint(dialogues: list[Dialogue]) -> dict[str, str]:
@@ -180,3 +208,37 @@ def fingerprint(dialogues: list[Dialogue]) -> dict[str, str]:
         mine = sorted(json.dumps(asdict(dialogue)) for dialogue in dialogues if dialogue.lang == lang)
         digests[lang] = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     return digests
+
+
+def check(path: Path) -> int:
+    """Print everything that is wrong with a bench, or what it holds. Returns the exit status: 0 or 2."""
+    try:
+        dialogues, problems = _read(path)
+    except InputError as error:
+        print(error)
+        return 2
+    if problems:
+        print(*problems, f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}", sep="\n")
+        return 2
+    probes = [probe for dialogue in dialogues for probe in dialogue.probes]
+    print(f"{path}: {len(dialogues)} dialogues, {len(probes)} probes, nothing wrong")
+    facets = {"lang": [dialogue.lang for dialogue in dialogues], "culture": [d.culture for d in dialogues]}
+    facets |= {name: [getattr(probe, name) for probe in probes] for name in ("layer", "skill", "subcategory")}
+    for name, values in facets.items():
+        counts = Counter(value or "none" for value in values).most_common()
+        print(f"  {name + ':':<13}" + ", ".join(f"{value} {count}" for value, count in counts))
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m eicap.bench", description=__doc__.split("\n\n")[0])
+    command = parser.add_subparsers(required=True, metavar="check").add_parser(
+        "check",
+        help="read a bench; print everything that is wrong with it, line by line (exit status 2), or what it holds",
+    )
+    command.add_argument("path", nargs="+", type=Path, help="a *.jsonl file, or a folder of them")
+    return max(check(path) for path in parser.parse_args().path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,10 +1,13 @@
 """Reading a bench: what is accepted, and that everything else is an error with file and line."""
 
 import json
+import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+from conftest import ROOT
 
 from eicap import InputError, bench
 
@@ -81,6 +84,7 @@ WRONG = [
     ("turns.1.content", "half \ud83d", "turn 1: content holds half a surrogate pair"),
     ("probes.0.question", "half \ude00", "question holds half a surrogate pair"),
     ("probes.0.options.2", "\udc00", "option 2 holds half a surrogate pair"),
+    ("probes.0.options", ["a", "b", "a"], "option 2 repeats option 0"),
     ("turns.1.role", "system", "turn 1: role is neither user nor assistant"),
     ("turns", [], "turns must be a list of one or more objects"),
     ("turns", ["hello"], "turns must be a list of one or more objects"),
@@ -208,6 +212,59 @@ def test_folder_without_a_bench_and_missing_file_are_errors_that_name_them(tmp_p
     with pytest.raises(InputError) as error:
         bench.read(tmp_path / "none.jsonl")
     assert str(error.value).startswith(f"{tmp_path / 'none.jsonl'}: cannot be read (No such file or directory)")
+
+
+def check(*paths) -> tuple[int, list[str]]:
+    """The command in a process of its own: exit status, and what it printed."""
+    command = [sys.executable, "-m", "eicap.bench", "check", *map(str, paths)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_check_reports_everything_that_is_wrong_with_file_and_line(tmp_path):
+    path = tmp_path / "b.jsonl"
+    lines = [json.dumps(item("d0")).encode()]
+    for number, (name, value, _) in enumerate(WRONG, start=2):
+        lines.append(json.dumps(put(item(f"d{number}"), name, value)).encode())
+    lines += [b'{"id": "caf\xe9"}', b'{"id": "d2",', b"[1]", json.dumps(item("d0")).encode()]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    status, printed = check(path)
+    assert status == 2
+    for number, (_, _, words) in enumerate(WRONG, start=2):
+        assert any(line.startswith(f"{path}, line {number}: ") and words in line for line in printed), (number, words)
+    last = len(WRONG) + 2
+    for number, words in zip(range(last, last + 3), ("not UTF-8", "not valid JSON", "a JSON object is expected")):
+        assert any(line.startswith(f"{path}, line {number}: {words}") for line in printed), words
+    twice = [line for line in printed if line.startswith(f"{path}, line {last + 3}: ")]
+    assert len(twice) == 3 and all(f"is already used in {path}, line 1" in line for line in twice)
+    assert printed[-1] == f"{path}: {len(printed) - 1} problems"
+
+
+def test_check_finds_several_problems_in_one_line(tmp_path):
+    bad = put(put(put(item(), "probes.0.answer", 7), "probes.0.after", 9), "probes.1.question", "")
+    bad = put(put(bad, "lang", None), "turns.2.role", "narrator")
+    path = write(tmp_path / "b.jsonl", bad)
+    status, printed = check(path)
+    assert status == 2
+    assert sorted(line.removeprefix(f"{path}, line 1: ") for line in printed[:-1]) == [
+        "lang is missing",
+        "probe d1-1: after is 9, but the dialogue has 3 turns",
+        "probe d1-1: answer is 7, but there are 4 options",
+        "probe d1-2: question is empty",
+        "turn 2: role is neither user nor assistant",
+    ]
+
+
+def test_check_says_what_a_sound_file_holds_and_looks_at_every_path(tmp_path):
+    sound = write(tmp_path / "b.jsonl", item("d1"), item("d2"))
+    status, printed = check(sound)
+    assert status == 0
+    assert printed[0] == f"{sound}: 2 dialogues, 4 probes, nothing wrong"
+    assert "  layer:       value 4" in printed
+    status, printed = check(sound, tmp_path / "none.jsonl")
+    assert status == 2
+    assert printed[-1].startswith(f"{tmp_path / 'none.jsonl'}: cannot be read")
 
 
 def test_fingerprint_does_not_depend_on_order_files_or_json_formatting(tmp_path):
