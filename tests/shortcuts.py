@@ -24,8 +24,13 @@ LIMITS = {
     "odd one out": 0.32,
     "most like the others": 0.32,
     "most like the question": 0.32,
+    "most digits": 0.32,
+    "most first person": 0.32,
+    "most second person": 0.32,
+    "most give-away words": 0.32,
     "words shared with the dialogue": 0.35,
     "words shared with the last turn": 0.35,
+    "characters shared with the last turn": 0.35,
     "classifier on words": 0.335,
     "classifier on characters": 0.335,
 }
@@ -43,6 +48,17 @@ ARABIC_STOP_WORDS = """
     فقط ايضا نفس نفسه نفسها يا نعم وهو وهي بلا دون فوق تحت امام خلف اللي مش مو بس لسه كده كدا جذي هيك هاد
     هيدا دا ده دي دول احنا انتو علشان عشان لما شو ايش وش ليش ليه فين وين الحين هلق
 """
+FIRST_PERSON = {
+    "en": "i me my mine myself we us our ours ourselves m ve",
+    "ar": "انا اني انني نحن لي عندي معي مني عني لدي لنا عندنا معنا نفسي انفسنا",
+}
+SECOND_PERSON = {"en": "you your yours yourself", "ar": "انت انتي انتم لك لكم عندك معك منك عنك عليك اليك بك نفسك"}
+GIVE_AWAY = {  # hedges, and words that weigh two sides or look beneath: what careful answers are made of
+    "en": """perhaps maybe might may seems seem somewhat rather partly almost both though although yet still while
+        even despite beneath underneath under behind deeper quietly mixed also without really truly""",
+    "ar": """ربما قد لعل لعله لعلها كان يبدو تبدو بعض قليل قليلا شيء معا رغم لكن لكنه لكنها مع ذلك تحت خلف وراء
+        حتى ايضا حقا فعلا في العمق دون بلا""",
+}
 PROCLITICS = ("وال", "فال", "بال", "كال", "لل", "ال", "و", "ف", "ب", "ك", "ل", "س")
 ENCLITICS = ("هما", "كما", "هم", "هن", "كم", "كن", "ها", "نا", "ني", "ه", "ك", "ي", "ا")  # the last is left of a tanwin
 
@@ -82,6 +98,17 @@ def words(text: str, lang: str) -> set[str]:
     return {without_clitics(word) for word in found} if lang == "ar" else found
 
 
+def count(text: str, listed: str) -> int:
+    """How many words of a (plain) text are in a list."""
+    return sum(word in listed.split() for word in re.findall(r"[^\W_]+", text))
+
+
+def grams(text: str) -> set[str]:
+    """Its four-letter pieces, across words."""
+    flat = re.sub(r"\W+", " ", text)
+    return {flat[i : i + 4] for i in range(len(flat) - 3)}
+
+
 def alike(a: set[str], b: set[str]) -> float:
     """Jaccard similarity."""
     return len(a & b) / len(a | b) if a | b else 0.0
@@ -93,6 +120,7 @@ def surface(dialogue: Dialogue, probe: Probe) -> dict[str, list[float]]:
     bags = [words(option, dialogue.lang) for option in probe.options]
     question = words(probe.question, dialogue.lang)
     turns = [words(content, dialogue.lang) for _, content in dialogue.turns[: probe.after]]
+    last = grams(plain(dialogue.turns[probe.after - 1][1]))
     likeness = [sum(alike(bag, other) for other in bags) - alike(bag, bag) for bag in bags]
     return {
         "longest": [len(option) for option in options],
@@ -101,8 +129,13 @@ def surface(dialogue: Dialogue, probe: Probe) -> dict[str, list[float]]:
         "odd one out": [-score for score in likeness],
         "most like the others": likeness,
         "most like the question": [alike(bag, question) for bag in bags],
+        "most digits": [sum(character.isdigit() for character in option) for option in options],
+        "most first person": [count(option, FIRST_PERSON[dialogue.lang]) for option in options],
+        "most second person": [count(option, SECOND_PERSON[dialogue.lang]) for option in options],
+        "most give-away words": [count(option, GIVE_AWAY[dialogue.lang]) for option in options],
         "words shared with the dialogue": [len(bag & set().union(*turns)) for bag in bags],
         "words shared with the last turn": [len(bag & turns[-1]) for bag in bags],
+        "characters shared with the last turn": [len(grams(option) & last) / len(grams(option)) for option in options],
     }
 
 
@@ -152,8 +185,11 @@ def share(scores: Iterable[list[float]], answers: Iterable[int]) -> tuple[float,
 
 
 def allowed(limit: float, count: int) -> float:
-    """The limit as it stands from 300 items up; where a cue separates few, at least 2.8 standard errors over 1/4."""
-    return max(limit, 0.25 + 2.8 * (0.25 * 0.75 / max(count, 1)) ** 0.5)
+    """The limit as it stands from 300 items up; where a cue separates fewer, at least 3.5 standard errors over 1/4.
+
+    Of the cues and groups some hundred separate fewer: at 3.5 an honest bench fails one of them in 2 % of cases.
+    """
+    return limit if count >= ENOUGH else max(limit, 0.25 + 3.5 * (0.25 * 0.75 / max(count, 1)) ** 0.5)
 
 
 def found(dialogues: list[Dialogue]) -> dict[tuple[str, str], str]:

@@ -10,6 +10,7 @@ from eicap.bench import Dialogue, Probe
 
 LAYERS = ["foundational", "dimensional", "appraisal", "value", "social"]
 SKILLS = ["tracking", "cause", "appraisal", "response"]
+MARKS = {"en": ["7", "I", "you", "perhaps"], "ar": ["٧", "أنا", "لك", "ربما"]}
 SYLLABLES = {"en": "badokilumenaporisatuvazo", "ar": "بادونيرسميطاقوحرشمفلزيعب"}  # two letters each
 
 
@@ -21,7 +22,8 @@ def made_up(lang: str = "en", seed: int = 0) -> list[Dialogue]:
 
     def sentence(words, low, high):
         text = rng.choices(words, k=rng.randint(low, high))
-        return " ".join(word + rng.choice(["", "", "", ","]) for word in text)
+        marked = [rng.choice(MARKS[lang]) if rng.random() < 0.1 else word for word in text]
+        return " ".join(word + rng.choice(["", "", "", ","]) for word in marked)
 
     dialogues = []
     for d in range(70):
@@ -98,12 +100,12 @@ def test_shortcut_of_one_layer_is_found_there():
 
 
 def test_layer_may_be_guessed_more_often_than_the_whole_bench():
-    """In 30 of 70 probes (43 %): too often for a whole bench, by chance not rare enough in one of many groups."""
-    dialogues = change(made_up(), answer_is_best("shortest"), rate=0.25, layer="value")
+    """In 28 of 70 probes (40 %): too often for a whole bench, by chance not rare enough in one of many groups."""
+    dialogues = change(made_up(), answer_is_best("shortest"), rate=0.2, layer="value")
     items = [(dialogue, probe) for dialogue in dialogues for probe in dialogue.probes if probe.layer == "value"]
     scores = [shortcuts.surface(dialogue, probe)["shortest"] for dialogue, probe in items]
-    assert shortcuts.share(scores, [probe.answer for _, probe in items]) == (pytest.approx(3 / 7), 70)
-    assert shortcuts.allowed(shortcuts.LIMITS["shortest"], 70) < 3 / 7
+    assert shortcuts.share(scores, [probe.answer for _, probe in items]) == (pytest.approx(0.4), 70)
+    assert shortcuts.LIMITS["shortest"] < 0.4 < shortcuts.GROUP_LIMIT
     assert shortcuts.found(dialogues) == {}
 
 
@@ -130,18 +132,23 @@ def test_guesses_on_one_probe():
         ("assistant", "Who bought it?"),
         ("user", "A carpenter from the harbour"),
     )
-    options = ("boat, spring, harbour!", "green boat spring", "carpenter harbour", "violin lessons for winter evenings")
+    options = ("boat, spring, harbour!", "green boat spring", "carpenter harbour", "my 12 violins, perhaps your voice")
     probe = Probe("p", 3, "value", "cause", None, "What does the carpenter mean?", options, 0, ())
     dialogue = Dialogue("d", "en", None, None, None, turns, (probe,))
     assert shortcuts.surface(dialogue, probe) == {
-        "longest": [22, 17, 17, 34],
-        "shortest": [-22, -17, -17, -34],
-        "most punctuation": [3, 0, 0, 0],
+        "longest": [22, 17, 17, 33],
+        "shortest": [-22, -17, -17, -33],
+        "most punctuation": [3, 0, 0, 1],
         "odd one out": pytest.approx([-0.75, -0.5, -0.25, 0]),  # {boat, spring} of 4, {harbour} of 4
         "most like the others": pytest.approx([0.75, 0.5, 0.25, 0]),
         "most like the question": pytest.approx([0, 0, 1 / 3, 0]),  # {carpenter, mean} and {carpenter, harbour}
+        "most digits": [0, 0, 0, 2],
+        "most first person": [0, 0, 0, 1],
+        "most second person": [0, 0, 0, 1],
+        "most give-away words": [0, 0, 0, 1],
         "words shared with the dialogue": [3, 3, 2, 0],
         "words shared with the last turn": [1, 0, 2, 0],
+        "characters shared with the last turn": pytest.approx([5 / 17, 0, 12 / 14, 0]),
     }
 
 
@@ -175,4 +182,4 @@ def test_rank_of_the_right_option_by_length_shares_ties():
 def test_limits_hold_as_written_from_300_items_and_widen_below():
     assert shortcuts.allowed(0.32, 300) == pytest.approx(0.32)
     assert shortcuts.allowed(0.32, 2000) == 0.32
-    assert shortcuts.allowed(0.32, 75) == pytest.approx(0.25 + 2 * 0.07)
+    assert shortcuts.allowed(0.32, 75) == pytest.approx(0.25 + 3.5 * 0.05)
