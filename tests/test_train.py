@@ -19,6 +19,7 @@ import evaluate
 import train_lora
 from eicap import checkpoint, lora, ultrachat
 from eicap.forest import chain
+from eicap.model import Checkpoint
 from eicap.tokenizer import Tokenizer
 
 
@@ -95,8 +96,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(whole, tiny
     assert losses(tmp_path / "again") == losses(whole)
 
 
-def test_checkpointing_changes_nothing_but_memory(whole, tiny, data, tmp_path):
+def test_checkpointing_changes_nothing_but_memory(whole, tiny, data, tmp_path, monkeypatch):
+    layers, forward = [], Checkpoint.forward
+    monkeypatch.setattr(
+        Checkpoint, "forward", lambda ctx, layer, *rest: layers.append(layer) or forward(ctx, layer, *rest)
+    )
     assert train_lora.main(command(tiny, data, tmp_path / "run", "--checkpointing")) == 0
+    assert layers
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), rel=1e-5)
     more = ["--dropout", 0.3]
     for name, flag in (("a", []), ("b", ["--checkpointing"])):
