@@ -121,6 +121,24 @@ def test_two_runs_never_write_in_one_folder(tiny, bench_file, tmp_path, capsys):
     assert not (tmp_path / "run" / "probes.jsonl").exists()
 
 
+@pytest.fixture(scope="module")
+def long_bench(bench_file, tmp_path_factory) -> Path:
+    """The same dialogues five times over: some seconds of work to be interrupted in."""
+    folder = tmp_path_factory.mktemp("long")
+    for path in bench_file.iterdir():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        again = [line.replace(f'"{path.stem}-', f'"{path.stem}-{i:02d}-') for i in range(5) for line in lines]
+        (folder / path.name).write_text("\n".join(again) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def long_whole(tiny, long_bench, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("long-whole") / "run"
+    assert evaluate.main(command(tiny, long_bench, out)) == 0
+    return out
+
+
 def start(arguments: list[str], **environment) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "evaluate.py"), *arguments]
     return subprocess.Popen(
@@ -133,9 +151,11 @@ def wait_for_part(out: Path, process: subprocess.Popen, size: int) -> None:
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize("size", [1, 9000])
-def test_killed_at_any_moment_the_same_command_completes_to_the_same_bytes(tiny, bench_file, whole, tmp_path, size):
-    arguments = command(tiny, bench_file, tmp_path / "run", "--pack-tokens", 1)
+@pytest.mark.parametrize("size", [1, 20000])
+def test_killed_at_any_moment_the_same_command_completes_to_the_same_bytes(
+    tiny, long_bench, long_whole, tmp_path, size
+):
+    arguments = command(tiny, long_bench, tmp_path / "run", "--pack-tokens", 1)
     process = start(arguments)
     wait_for_part(tmp_path / "run", process, size)
     process.kill()
@@ -144,14 +164,14 @@ def test_killed_at_any_moment_the_same_command_completes_to_the_same_bytes(tiny,
     parts = list((tmp_path / "run").glob("part-*.jsonl"))
     assert parts
     with open(parts[0], "ab") as part:  # and the last write was cut
-        part.write(b'{"id": "en-003-1", "dialogue": "en-0')
+        part.write(b'{"id": "en-00-003-1", "dialogue": "en-0')
     assert evaluate.main(arguments) == 0
-    assert rows(tmp_path / "run") == rows(whole)
+    assert rows(tmp_path / "run") == rows(long_whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_it_says_how_to_go_on(tiny, bench_file, whole, tmp_path, number):
-    arguments = command(tiny, bench_file, tmp_path / "run", "--pack-tokens", 1)
+def test_stopped_by_a_signal_it_says_how_to_go_on(tiny, long_bench, long_whole, tmp_path, number):
+    arguments = command(tiny, long_bench, tmp_path / "run", "--pack-tokens", 1)
     process = start(arguments)
     wait_for_part(tmp_path / "run", process, 1)
     process.send_signal(number)
@@ -159,7 +179,7 @@ def test_stopped_by_a_signal_it_says_how_to_go_on(tiny, bench_file, whole, tmp_p
     assert process.returncode == 130
     assert "the same command goes on" in error and "Traceback" not in error
     assert evaluate.main(arguments) == 0
-    assert rows(tmp_path / "run") == rows(whole)
+    assert rows(tmp_path / "run") == rows(long_whole)
 
 
 def test_two_processes_leave_the_same_bytes_as_one(tiny, bench_file, tmp_path):
