@@ -394,7 +394,9 @@ def fit(args, out, model, examples, trained, shown, identity, rank, world) -> in
         print(
             f"{args.ckpt}: {examples.format} format, {identity['dtype']} on {device}; {count:,} parameters train, "
             f"{count / size:.2%} of all\n{len(trained):,} dialogues, {len(examples.dialogues) - len(trained):,} more "
-            f"are held out" + (f"; going on after step {step}" if step else ""),
+            f"are held out"
+            + ("" if shown else " (none that fits in --max-tokens: no held-out loss)")
+            + (f"; going on after step {step}" if step else ""),
             file=sys.stderr,
         )
         if step == 0 and shown:

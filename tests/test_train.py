@@ -423,3 +423,11 @@ def test_help_teaches():
                  "--warmup", "--max-tokens", "--batch-tokens", "--accumulate", "--format", "--checkpointing", "--dtype",
                  "--device", "--seed", "--save-every", "--eval-every", "--merge", "--plot", "torchrun"):  # fmt: skip
         assert flag in text
+
+
+def test_without_a_held_out_dialogue_it_says_so_and_trains(tiny, tmp_path, capsys):
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"data": ["Is it warm?", "Yes, and dry."]}) + "\n")
+    assert train_lora.main(command(tiny, few, tmp_path / "run")) == 0
+    assert "no held-out loss" in capsys.readouterr().err
+    assert "held_out" not in (tmp_path / "run" / "log.jsonl").read_text()
