@@ -1,6 +1,7 @@
 """Checkpoints that the tests run on: the small real model, and small random ones made by transformers."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,14 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         write_tokenizer(folder, family)
         folders[family] = folder
     return folders
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell's background jobs ignore Ctrl-C, and so would the commands that tests start from one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True, scope="session")
