@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from scipy import sparse
+from scipy.stats import binom
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS, TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
@@ -31,6 +32,8 @@ LIMITS = {
     "words shared with the dialogue": 0.35,
     "words shared with the last turn": 0.35,
     "characters shared with the last turn": 0.35,
+    "fewest words shared with the dialogue": 0.35,
+    "fewest words shared with the last turn": 0.35,
     "classifier on words": 0.335,
     "classifier on characters": 0.335,
 }
@@ -135,6 +138,8 @@ def surface(dialogue: Dialogue, probe: Probe) -> dict[str, list[float]]:
         "most give-away words": [count(option, GIVE_AWAY[dialogue.lang]) for option in options],
         "words shared with the dialogue": [len(bag & set().union(*turns)) for bag in bags],
         "words shared with the last turn": [len(bag & turns[-1]) for bag in bags],
+        "fewest words shared with the dialogue": [-len(bag & set().union(*turns)) for bag in bags],
+        "fewest words shared with the last turn": [-len(bag & turns[-1]) for bag in bags],
         "characters shared with the last turn": [len(grams(option) & last) / len(grams(option)) for option in options],
     }
 
@@ -158,12 +163,14 @@ def learned(items: list[tuple[Dialogue, Probe]], vectorizer: TfidfVectorizer) ->
     return [part.tolist() for part in np.split(scores, np.cumsum(sizes)[:-1])]
 
 
-def guesses(items: list[tuple[Dialogue, Probe]]) -> dict[str, list[list[float]]]:
-    """By guess: for each item, the scores of its options. All items are of one language."""
+def guesses(items: list[tuple[Dialogue, Probe]], trained: bool = True) -> dict[str, list[list[float]]]:
+    """By guess: for each item, the scores of its options. All items are of one language. Trained ones take seconds."""
     scores = defaultdict(list)
     for dialogue, probe in items:
         for guess, values in surface(dialogue, probe).items():
             scores[guess].append(values)
+    if not trained:
+        return dict(scores)
     lang = items[0][0].lang
     by_words = TfidfVectorizer(analyzer=lambda text: sorted(words(text, lang)))
     by_characters = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), preprocessor=plain, min_df=2)
@@ -185,14 +192,14 @@ def share(scores: Iterable[list[float]], answers: Iterable[int]) -> tuple[float,
 
 
 def allowed(limit: float, count: int) -> float:
-    """The limit as it stands from 300 items up; where a cue separates fewer, at least 3.5 standard errors over 1/4.
+    """The limit as it stands from 300 items up; where a cue separates fewer, what guessing exceeds in 1 of 5,000 cases.
 
-    Of the cues and groups some hundred separate fewer: at 3.5 an honest bench fails one of them in 2 % of cases.
+    Of the cues and groups more than a hundred separate fewer: an honest bench fails one of them in about 2 % of cases.
     """
-    return limit if count >= ENOUGH else max(limit, 0.25 + 3.5 * (0.25 * 0.75 / max(count, 1)) ** 0.5)
+    return limit if count >= ENOUGH else max(limit, binom.isf(0.0002, count, 0.25) / count if count else 1.0)
 
 
-def found(dialogues: list[Dialogue]) -> dict[tuple[str, str], str]:
+def found(dialogues: list[Dialogue], trained: bool = True) -> dict[tuple[str, str], str]:
     """The guesses that beat their limits: {(guess, "all" or a layer or a skill): what was measured}."""
     items = [(dialogue, probe) for dialogue in dialogues for probe in dialogue.probes]
     groups = {"all": list(range(len(items)))}
@@ -200,7 +207,7 @@ def found(dialogues: list[Dialogue]) -> dict[tuple[str, str], str]:
         for facet in (f"layer {probe.layer}", f"skill {probe.skill}"):
             groups.setdefault(facet, []).append(i)
     beaten = {}
-    for guess, scores in guesses(items).items():
+    for guess, scores in guesses(items, trained).items():
         for group, members in groups.items():
             right, count = share([scores[i] for i in members], [items[i][1].answer for i in members])
             limit = LIMITS[guess] if group == "all" else GROUP_LIMIT

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
 from statistics import mean
@@ -13,16 +14,14 @@ from sklearn.feature_extraction.text import CountVectorizer
 
 from eicap import bench
 
+AUTHORING = ROOT / "data" / "authoring"
+sys.path.append(str(AUTHORING))
+import draw  # noqa: E402
+import plan as planned  # noqa: E402
+
 TAXONOMY = json.loads((ROOT / "data" / "taxonomy.json").read_text(encoding="utf-8"))
 FILES = sorted(BENCH.glob("*.jsonl"))
-# percent of a layer's probes
-QUOTAS = {
-    "foundational": {"tracking": 50, "cause": 20, "appraisal": 10, "response": 20},
-    "dimensional": {"tracking": 55, "cause": 15, "appraisal": 15, "response": 15},
-    "appraisal": {"tracking": 10, "cause": 30, "appraisal": 45, "response": 15},
-    "value": {"tracking": 5, "cause": 40, "appraisal": 35, "response": 20},
-    "social": {"tracking": 15, "cause": 25, "appraisal": 20, "response": 40},
-}
+QUOTAS = planned.SKILLS  # percent of a layer's probes
 SCRIPTS = {"ar": "ARABIC", "en": "LATIN"}
 DIALOGUE_KEYS = {"id", "lang", "culture", "topic", "pair", "turns", "probes"}
 PROBE_KEYS = {"id", "after", "layer", "skill", "subcategory", "question", "options", "answer", "depends_on"}
@@ -121,8 +120,12 @@ def test_categories_and_cultures_are_in_the_taxonomy(dialogues):
             assert TAXONOMY["subcategories"][probe.subcategory]["layer"] == probe.layer, probe.id
 
 
-def test_bench_has_ten_cultures_or_more(whole_bench):
-    assert len({dialogue.culture for dialogue in whole_bench}) >= 10
+def test_every_language_has_ten_cultures_or_more(dialogues):
+    assert len({dialogue.culture for dialogue in dialogues}) >= 10
+
+
+def test_forty_dialogues_are_pairs_across_the_languages(dialogues):
+    assert sum(dialogue.pair is not None for dialogue in dialogues) == 40
 
 
 def test_dialogues_have_6_to_12_turns_that_alternate_from_the_user(dialogues):
@@ -196,10 +199,10 @@ def test_no_probe_is_there_twice(whole_bench):
 
 
 def test_dialogue_told_again_with_other_names_is_found(whole_bench):
-    stories = {dialogue.id: " ".join(content for _, content in dialogue.turns) for dialogue in whole_bench}
-    renamed = re.sub("Kayla|Duluth|Gary|Thursday", "Priya", stories["en-001"])
+    stories = [" ".join(content for _, content in dialogue.turns) for dialogue in whole_bench if dialogue.lang == "en"]
+    renamed = re.sub(r"\b[A-Z][a-z]{3,}", "Priya", stories[0])
     assert renamed.count("Priya") > 8
-    assert near_duplicates([stories["en-002"], stories["en-001"], renamed], 0.3) == [(1, 2)]
+    assert near_duplicates([stories[1], stories[0], renamed], 0.3) == [(1, 2)]
 
 
 def test_pairs_point_at_each_other_and_are_probed_alike(whole_bench):
@@ -214,6 +217,31 @@ def test_pairs_point_at_each_other_and_are_probed_alike(whole_bench):
             assert other.pair == dialogue.id
             assert other.lang != dialogue.lang, dialogue.id
             assert plans[other.id] == plans[dialogue.id], dialogue.id
+
+
+def test_every_right_option_is_where_the_lot_put_it(dialogues):
+    """In its place, and of its rank by length: both were drawn before the dialogue was written."""
+    for dialogue in dialogues:
+        places = draw.lots(dialogue.lang, "place")
+        for probe in dialogue.probes:
+            lengths = sorted(map(len, probe.options), reverse=True)
+            assert probe.answer == places[probe.id], probe.id
+            assert lengths.index(len(probe.options[probe.answer])) == draw.rank(probe.id), probe.id
+
+
+def test_dialogues_are_what_was_planned(dialogues):
+    for lang in {dialogue.lang for dialogue in dialogues}:
+        plan = {row["id"]: row for row in json.loads((AUTHORING / f"plan-{lang}.json").read_text(encoding="utf-8"))}
+        assert {dialogue.id for dialogue in dialogues} == plan.keys()
+    for dialogue in dialogues:
+        row = plan[dialogue.id]
+        assert (dialogue.culture, dialogue.topic, dialogue.pair) == (row["culture"], row["topic"], row["pair"])
+        assert len(dialogue.turns) == row["turns"], dialogue.id
+        cells = [
+            (probe["id"], probe["layer"], probe["subcategory"], probe["skill"], probe["after"])
+            for probe in row["probes"]
+        ]
+        assert [(p.id, p.layer, p.subcategory, p.skill, p.after) for p in dialogue.probes] == cells
 
 
 @pytest.mark.usefixtures("enough")

@@ -78,7 +78,7 @@ def test_honest_bench_is_not_flagged(lang):
 
 @pytest.mark.parametrize("guess", [name for name in shortcuts.LIMITS if "classifier" not in name])
 def test_planted_guess_is_found(guess):
-    assert (guess, "all") in shortcuts.found(change(made_up(), answer_is_best(guess), rate=0.25))
+    assert (guess, "all") in shortcuts.found(change(made_up(), answer_is_best(guess), rate=0.25), trained=False)
 
 
 @pytest.mark.parametrize(("lang", "word"), [("en", "quietly"), ("ar", "بهدوء")])
@@ -94,7 +94,7 @@ def test_stop_word_that_marks_the_right_option_is_found_by_its_characters():
 
 
 def test_shortcut_of_one_layer_is_found_there():
-    found = shortcuts.found(change(made_up(), answer_is_best("shortest"), rate=0.4, layer="value"))
+    found = shortcuts.found(change(made_up(), answer_is_best("shortest"), rate=0.4, layer="value"), trained=False)
     assert ("shortest", "layer value") in found
     assert ("shortest", "layer social") not in found
 
@@ -148,6 +148,8 @@ def test_guesses_on_one_probe():
         "most give-away words": [0, 0, 0, 1],
         "words shared with the dialogue": [3, 3, 2, 0],
         "words shared with the last turn": [1, 0, 2, 0],
+        "fewest words shared with the dialogue": [-3, -3, -2, 0],
+        "fewest words shared with the last turn": [-1, 0, -2, 0],
         "characters shared with the last turn": pytest.approx([5 / 17, 0, 12 / 14, 0]),
     }
 
@@ -180,6 +182,7 @@ def test_rank_of_the_right_option_by_length_shares_ties():
 
 
 def test_limits_hold_as_written_from_300_items_and_widen_below():
-    assert shortcuts.allowed(0.32, 300) == pytest.approx(0.32)
-    assert shortcuts.allowed(0.32, 2000) == 0.32
-    assert shortcuts.allowed(0.32, 75) == pytest.approx(0.25 + 3.5 * 0.05)
+    assert shortcuts.allowed(0.32, 300) == 0.32
+    assert shortcuts.allowed(0.32, 5) == 1  # all five right: by chance once in a thousand
+    assert shortcuts.allowed(0.32, 8) == 7 / 8
+    assert 0.43 < shortcuts.allowed(0.32, 75) < 0.45

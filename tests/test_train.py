@@ -232,13 +232,14 @@ def test_evaluate_scores_the_adapter_in_the_format_it_was_trained_with(whole, ti
 
 
 def test_an_adapter_of_a_run_on_other_weights_or_unfinished_is_refused(whole, checkpoints, tiny, tmp_path, capsys):
-    assert evaluate.main(["--ckpt", str(checkpoints["llama"]), "--adapter", str(whole)]) == 2
+    few = ["--lang", "en", "--limit", "1"]
+    assert evaluate.main(["--ckpt", str(checkpoints["llama"]), "--adapter", str(whole), *few]) == 2
     assert "other weights" in capsys.readouterr().err
     run = json.loads((whole / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps(run | {"finished": False}))
-    assert evaluate.main(["--ckpt", str(tiny), "--adapter", str(tmp_path)]) == 2
+    assert evaluate.main(["--ckpt", str(tiny), "--adapter", str(tmp_path), *few]) == 2
     assert "not finished" in capsys.readouterr().err
-    assert evaluate.main(["--ckpt", str(tiny), "--adapter", str(tmp_path / "none")]) == 2
+    assert evaluate.main(["--ckpt", str(tiny), "--adapter", str(tmp_path / "none"), *few]) == 2
     assert lora.CONFIG in capsys.readouterr().err
 
 
