@@ -154,14 +154,6 @@ def _parse(line: bytes) -> tuple[Dialogue | None, list[str]]:
     return dialogue, problems
 
 
-def parse(line: str) -> Dialogue:
-    """One line of a bench file. Raises ValueError that says what is wrong first."""
-    dialogue, problems = _parse(line.encode("utf-8", "surrogatepass"))
-    if problems:
-        raise ValueError(problems[0])
-    return dialogue
-
-
 def _read(path: Path) -> tuple[list[Dialogue], list[str]]:
     """All dialogues of a file or folder, and everything that is wrong with it, by file and line."""
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]

@@ -312,6 +312,6 @@ def test_fingerprint_changes_with_any_content_and_only_in_its_language(tmp_path,
     assert bench.fingerprint(before)["ar"] == bench.fingerprint(after)["ar"]
 
 
-def test_fingerprint_is_filed_under_the_language():
-    dialogue = bench.parse(json.dumps(item()))
+def test_fingerprint_is_filed_under_the_language(tmp_path):
+    (dialogue,) = bench.read(write(tmp_path / "b.jsonl", item()))
     assert list(bench.fingerprint([replace(dialogue, lang="sw")])) == ["sw"]

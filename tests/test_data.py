@@ -2,11 +2,12 @@
 
 import json
 import re
-import sys
 import unicodedata
 from collections import Counter
 from statistics import mean
 
+import draw
+import plan as planned
 import pytest
 import shortcuts
 from conftest import BENCH, ROOT
@@ -15,9 +16,6 @@ from sklearn.feature_extraction.text import CountVectorizer
 from eicap import bench
 
 AUTHORING = ROOT / "data" / "authoring"
-sys.path.append(str(AUTHORING))
-import draw  # noqa: E402
-import plan as planned  # noqa: E402
 
 TAXONOMY = json.loads((ROOT / "data" / "taxonomy.json").read_text(encoding="utf-8"))
 FILES = sorted(BENCH.glob("*.jsonl"))

@@ -1,14 +1,10 @@
 """The sheets that blind readers of the bench get, and the measure of their agreement."""
 
 import random
-import sys
 
 import pytest
-from conftest import ROOT
+import review
 from sklearn.metrics import cohen_kappa_score
-
-sys.path.append(str(ROOT / "data" / "authoring"))
-import review  # noqa: E402
 
 
 def test_kappa_equals_that_of_sklearn():
