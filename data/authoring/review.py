@@ -33,12 +33,6 @@ def reaches_back(probe: dict) -> bool:
     return min(probe["depends_on"]) < probe["after"] - 2
 
 
-def digest(dialogue: dict, probe: dict) -> str:
-    """Of all that a reader of the dialogue sees, so that a reading is known to be of this very wording."""
-    seen = [dialogue["turns"][: probe["after"]], probe["question"], probe["options"]]
-    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:12]
-
-
 def deal(items: list[tuple[dict, dict]], size: int, rng: random.Random) -> list[list[tuple[dict, dict]]]:
     """Items in batches of about `size`, no two of one dialogue in a batch."""
     by_dialogue = defaultdict(list)
@@ -73,6 +67,11 @@ def sheet(reading: str, batch: list[tuple[dict, dict]]) -> str:
     return "\n".join(lines)
 
 
+def digest(reading: str, dialogue: dict, probe: dict) -> str:
+    """Of what this reading shows of a probe, so that an answer is known to be to this very wording."""
+    return hashlib.sha256(sheet(reading, [(dialogue, probe)]).encode()).hexdigest()[:12]
+
+
 def write_sheets(reading: str, lang: str, out: Path) -> None:
     items = [item for item in probes(lang).values() if reading != "c" or reaches_back(item[1])]
     out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def collect(out: Path, which: str) -> None:
                 dialogue, probe = known[answer["id"]]
                 letter = answer["answer"]
                 values = [probe["id"], which, reader[3], reader, letter, int("ABCD".index(letter) == probe["answer"])]
-                values += [answer.get("subcategory", ""), digest(dialogue, probe)]
+                values += [answer.get("subcategory", ""), digest(reader[3], dialogue, probe)]
                 rows.append(dict(zip(COLUMNS, values)))
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
